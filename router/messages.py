@@ -1,0 +1,146 @@
+"""What the API process and the engine say to each other: plain values, msgpack on a socket pair, never pickle.
+
+A frame is a 4-byte little-endian length and that many bytes of msgpack. The API sends `Command`s; the engine answers
+with `Event`s, one `StepEvents` frame a step.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to draw one sequence's tokens. Every field is validated at the edge, so the engine trusts it.
+
+    temperature: 0 is greedy. top_k: 0 is off. seed: draws are a function of (seed, index of the token) alone.
+    logit_bias: token id -> added to its logit. max_tokens: at least 1, prompt included it fits the context.
+    stop_token_ids: end the sequence, in addition to the model's own EOS ids unless ignore_eos.
+    logprobs: None, or how many alternatives to report beside the drawn token (0 is allowed).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    max_tokens: int = 16
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+# ---------------------------------------------------------------- API -> engine
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """One sequence. `n` choices are `n` submissions. salt: prefix-cache blocks are shared within one salt only."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    salt: bytes = b""
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Forget these requests and free their blocks before the next step. No event follows."""
+
+    request_ids: tuple[str, ...]
+
+
+class GetStats(msgspec.Struct, frozen=True, tag=True):
+    """Ask for one `Stats` event."""
+
+
+# ---------------------------------------------------------------- engine -> API
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What the API must know of a loaded model. lengths in tokens, sizes in bytes."""
+
+    vocab_size: int
+    max_model_len: int
+    kv_capacity_tokens: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+    num_layers: int
+    num_experts: int
+    numerics_id: str
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """Progress of the start: 0..1."""
+
+    fraction: float
+    message: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The engine serves."""
+
+    model: ModelInfo
+
+
+class Fatal(msgspec.Struct, frozen=True, tag=True):
+    """The engine cannot start or go on; it exits after this."""
+
+    message: str
+    remedy: str = ""
+
+
+class Token(msgspec.Struct, frozen=True):
+    """One drawn token. index counts from 0 within the request, without gaps.
+
+    logprob and top_logprobs are of the raw logits, natural logarithm; top_logprobs is [(token id, logprob)] best first.
+    finish_reason: None, "stop" (EOS or a stop token; that token is the last one reported) or "length".
+    """
+
+    request_id: str
+    index: int
+    token_id: int
+    finish_reason: str | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    num_cached_tokens: int = 0
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """The request ends without an answer. code: see router.api.errors."""
+
+    request_id: str
+    code: str
+    message: str
+
+
+class Stats(msgspec.Struct, frozen=True, tag=True):
+    """The engine's state. Counters count from the start. expert_tokens: [layer][expert], empty for dense models."""
+
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    num_preemptions: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    iteration_tokens: int = 0
+    expert_tokens: tuple[tuple[int, ...], ...] = ()
+
+
+class StepEvents(msgspec.Struct, frozen=True, tag=True):
+    """All that one step produced."""
+
+    tokens: tuple[Token, ...] = ()
+    failed: tuple[Failed, ...] = ()
+
+
+Command = Submit | Abort | GetStats
+Event = Loading | Ready | Fatal | StepEvents | Stats
+
+encode = msgspec.msgpack.Encoder().encode
+decode_command = msgspec.msgpack.Decoder(Command).decode
+decode_event = msgspec.msgpack.Decoder(Event).decode
