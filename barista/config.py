@@ -1,0 +1,152 @@
+"""The one configuration of a server: a frozen value, read from a TOML file, the environment and flags.
+
+A later source wins over an earlier one. A field `max_num_seqs` is the key `max_num_seqs` of the file, the variable
+`BARISTA_MAX_NUM_SEQS` and the flag `--max-num-seqs`. Nothing unknown is ignored: a mistyped key is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from barista.errors import ConfigError
+from barista.machine import usable_cores
+
+ENV_PREFIX = "BARISTA_"
+# Variables that belong to a command or to the cache rather than to a server.
+OTHER_VARIABLES = frozenset({"BARISTA_CACHE", "BARISTA_CONFIG", "BARISTA_API_KEY"})
+KINDS = {int: "an integer", float: "a number", str: "a string", Path: "a path"}
+
+
+def option(
+    default: Any, doc: str, *, shown: str = "", minimum: float | None = None, choices: tuple[str, ...] = ()
+) -> Any:
+    """One field: its only default (called where it is a function), help text, and what its values must satisfy.
+
+    shown: the default in words, where the value itself says nothing.
+    """
+    metadata = {"doc": doc, "shown": shown or str(default), "minimum": minimum, "choices": choices}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Everything that `barista serve` can be told. Sizes in bytes, lengths in tokens, times in seconds."""
+
+    model: str = option("house-blend", "A checkpoint's path, house-blend, or the name of a pulled model.")
+    served_model_id: str | None = option(None, "The id that /v1/models reports.", shown="the model's name")
+    host: str = option("127.0.0.1", "Address to listen on; beyond loopback only with --api-key-file.")
+    port: int = option(8000, "Port to listen on; 0 takes a free one.", minimum=0)
+    api_key_file: Path | None = option(None, "File of accepted API keys, one a line.", shown="no keys")
+    format: str = option("auto", "Weight format in memory.", choices=("auto", "float32", "bf16"))
+    threads: int = option(usable_cores, "Threads of the engine.", shown="the usable cores", minimum=1)
+    max_model_len: int | None = option(
+        None, "Longest context.", shown="the model's own, as far as memory allows", minimum=1
+    )
+    max_num_seqs: int = option(64, "Sequences in one step.", minimum=1)
+    max_num_batched_tokens: int = option(512, "Tokens in one step.", minimum=1)
+    kv_cache_tokens: int | None = option(None, "Size of the KV cache in tokens.", shown="from free memory", minimum=1)
+    kv_cache_bytes: int | None = option(None, "Size of the KV cache in bytes.", shown="from free memory", minimum=1)
+    block_size: int = option(16, "Tokens in one block of the KV cache.", minimum=1)
+    max_waiting_requests: int = option(256, "Requests that may wait; more are answered 503.", minimum=0)
+    max_waiting_tokens: int = option(262_144, "Prompt tokens that may wait; more are answered 503.", minimum=0)
+    drain_timeout: float = option(30.0, "How long SIGTERM lets open streams finish.", minimum=0)
+    log_level: str = option("info", "Least severe log line to show.", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            _check(entry, getattr(self, entry.name))
+        if self.port > 65535:
+            raise ConfigError(
+                f"port is {self.port}, which no port is.", "Give one from 1 to 65535, or 0 for a free one."
+            )
+        if self.kv_cache_tokens is not None and self.kv_cache_bytes is not None:
+            raise ConfigError("kv_cache_tokens and kv_cache_bytes are both given.", "Give one of them.")
+
+
+TYPES: Mapping[str, Any] = get_type_hints(ServeConfig)
+
+
+def load(file: Path | None, environ: Mapping[str, str], flags: Mapping[str, object]) -> ServeConfig:
+    """The configuration from a TOML file (None: no file), then the environment, then the flags that were given.
+
+    Raises ConfigError, which names the key and its source.
+    """
+    values: dict[str, object] = {}
+    if file is not None:
+        values |= _from_file(file)
+    values |= _from_environment(environ)
+    values |= flags
+    return ServeConfig(**values)  # type: ignore[arg-type]  # each value was checked against TYPES
+
+
+def _from_file(file: Path) -> dict[str, object]:
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}.", "Correct --config.") from error
+    except ValueError as error:  # TOML or UTF-8
+        raise ConfigError(f"{file} is not TOML: {error}.", "Correct the file.") from error
+    for key in table:
+        if key not in TYPES:
+            raise _unknown(f"{file}: key {key!r}", key, TYPES)
+    return {key: _typed(f"{file}: {key}", key, value) for key, value in table.items()}
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
+    names = {ENV_PREFIX + key.upper(): key for key in TYPES}
+    values: dict[str, object] = {}
+    for name, text in environ.items():
+        if name in names:
+            values[names[name]] = _typed(name, names[name], _parse(text, names[name]))
+        elif name.startswith(ENV_PREFIX) and name not in OTHER_VARIABLES:
+            raise _unknown(f"environment variable {name}", name, [*names, *OTHER_VARIABLES])
+    return values
+
+
+def _kind(key: str) -> type:
+    """The type of a field's values, None aside."""
+    return next((kind for kind in get_args(TYPES[key]) if kind is not NoneType), TYPES[key])
+
+
+def _parse(text: str, key: str) -> object:
+    """The text as the field's number where it is one; otherwise as it is, for `_typed` to judge."""
+    kind = _kind(key)
+    if kind not in (int, float):
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def _typed(source: str, key: str, value: object) -> object:
+    """`value` as the field's type. An integer is a number and a string is a path; nothing else is converted."""
+    kind = _kind(key)
+    if kind is Path and isinstance(value, str) and value:
+        return Path(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:  # not isinstance: TOML's true is no integer
+        raise ConfigError(f"{source} is {value!r}, which is not {KINDS[kind]}.", "Correct it or leave it out.")
+    return value
+
+
+def _check(entry: Field[Any], value: Any) -> None:
+    minimum, choices = entry.metadata["minimum"], entry.metadata["choices"]
+    if choices and value not in choices:
+        raise ConfigError(f"{entry.name} is {value!r}, which is unknown.", f"Give one of {', '.join(choices)}.")
+    if minimum is not None and value is not None and not value >= minimum:  # "not >=" also refuses NaN
+        raise ConfigError(f"{entry.name} is {value}, which is too small.", f"Give at least {minimum}.")
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0)
+    return ConfigError(f"{what} is not known.", f"The nearest known one is {nearest[0]}.")

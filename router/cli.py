@@ -1,0 +1,57 @@
+"""The command line: `barista serve|chat|carve|models|inspect|pull`. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+import barista
+from barista.errors import BaristaError
+from router.commands import carve, chat, inspect, models, pull, serve
+
+app = typer.Typer(
+    name="barista",
+    help="Serve Mixture-of-Experts language models: the same cup every time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (serve, chat, models, inspect, pull, carve):
+    app.command(module.__name__.rpartition(".")[2])(module.command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"barista {barista.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Show the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line. Exit status: 0, 1 for an error with a remedy, 2 for wrong usage, 130 for Ctrl-C."""
+    try:
+        app()
+    except BaristaError as error:
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"error: {error.message}", style="bold red", markup=False)
+        if error.remedy:
+            console.print(error.remedy, markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `barista models | head`
+        sys.stderr.close()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""`barista carve`."""
+
+from __future__ import annotations
+
+
+def command() -> None:
+    """carve."""

@@ -1,0 +1,7 @@
+"""`barista chat`."""
+
+from __future__ import annotations
+
+
+def command() -> None:
+    """chat."""

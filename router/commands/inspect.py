@@ -1,0 +1,7 @@
+"""`barista inspect`."""
+
+from __future__ import annotations
+
+
+def command() -> None:
+    """inspect."""

@@ -1,0 +1,7 @@
+"""`barista models`."""
+
+from __future__ import annotations
+
+
+def command() -> None:
+    """models."""

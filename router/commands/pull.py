@@ -1,0 +1,7 @@
+"""`barista pull`."""
+
+from __future__ import annotations
+
+
+def command() -> None:
+    """pull."""
