@@ -1,0 +1,8 @@
+"""Reading what a model's files say about themselves: configuration and tensor table. No torch, no weights."""
+
+from __future__ import annotations
+
+from experts.checkpoint.open import open_checkpoint
+from experts.checkpoint.types import Checkpoint, TensorInfo
+
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
