@@ -71,7 +71,8 @@ def sample(logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[Drawn 
 def philox_uniform(seed: int, counter: int) -> float:
     """A uniform in [0, 1) of 53 random bits: the first word of Philox4x64-10 under key (seed, 0).
 
-    seed: taken modulo 2**64. counter: the low word of four, the others are 0. Equals numpy.random.Philox, which counts up before it draws, started at counter - 1.
+    seed: taken modulo 2**64. counter: the low word of four, the others are 0. Equals numpy.random.Philox started at
+    counter - 1, because numpy counts up before it draws.
     """
     c0, c1, c2, c3 = counter, 0, 0, 0
     k0, k1 = seed & _MASK, 0
@@ -138,7 +139,7 @@ def _draw_random(row: Row, sequence: Sequence) -> int:
 
 
 def _kept(row: Row, weights: Row, sampling: SamplingParams) -> Ids:
-    """The token ids that min_p, top_k and top_p leave. They are ordered by logit: weights round unequal logits alike."""
+    """The token ids that min_p, top_k and top_p leave. Ordered by logit: unequal logits may round to equal weights."""
     kept = np.flatnonzero(weights >= sampling.min_p)  # the best weight is 1
     if 0 < sampling.top_k < len(kept):
         kept = kept[_best(row[kept], sampling.top_k)]
