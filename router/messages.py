@@ -33,6 +33,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
 
 
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The first frame: what to load and how much to hold. None: the engine decides and says so in `Ready`.
+
+    path: a checkpoint's directory or GGUF file. format: auto (as stored), float32 or bf16. lengths in tokens.
+    """
+
+    path: str
+    format: str = "auto"
+    threads: int = 1
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    kv_cache_tokens: int | None = None
+    kv_cache_bytes: int | None = None
+    block_size: int = 16
+
+
 # ---------------------------------------------------------------- API -> engine
 
 
@@ -64,6 +81,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     vocab_size: int
     max_model_len: int
     kv_capacity_tokens: int
+    kv_bytes_per_token: int
     eos_token_ids: tuple[int, ...]
     dtype: str
     num_layers: int
@@ -142,5 +160,6 @@ Command = Submit | Abort | GetStats
 Event = Loading | Ready | Fatal | StepEvents | Stats
 
 encode = msgspec.msgpack.Encoder().encode
+decode_config = msgspec.msgpack.Decoder(EngineConfig).decode
 decode_command = msgspec.msgpack.Decoder(Command).decode
 decode_event = msgspec.msgpack.Decoder(Event).decode

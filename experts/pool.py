@@ -1,0 +1,94 @@
+"""The expert pool: what the trunk calls in every MoE layer, in two halves so that other work runs meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class DispatchBatch:
+    """One layer's rows on their way to the experts.
+
+    hidden_states: [num_tokens, hidden] in the model's dtype. topk_ids: [num_tokens, k] int32.
+    topk_weights: [num_tokens, k] float32.
+    """
+
+    step: int
+    layer: int
+    hidden_states: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+
+
+class Transport(Protocol):
+    """A way to a group of workers."""
+
+    def dispatch(self, batch: DispatchBatch) -> Any:
+        """Send the rows; returns a ticket for combine."""
+        ...
+
+    def combine(self, ticket: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [num_tokens, hidden] in the model's dtype and failed [num_tokens] bool. A failed row is zero."""
+        ...
+
+
+class Pending:
+    """A layer under way."""
+
+    __slots__ = ("_ticket", "_transport")
+
+    def __init__(self, transport: Transport, ticket: Any) -> None:
+        self._transport = transport
+        self._ticket = ticket
+
+    def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k expert rows of each token, weighted and added in float32 in top-k order and rounded once.
+
+        Returns rows [num_tokens, hidden] and failed [num_tokens] bool; a failed row is zero and ends only its own
+        request.
+        """
+        return self._transport.combine(self._ticket)
+
+
+class ExpertPool:
+    """Counts the tokens of every expert and hands the rows to a transport."""
+
+    def __init__(self, transport: Transport, num_layers: int, num_experts: int) -> None:
+        self._transport = transport
+        self._num_experts = num_experts
+        self._routed: list[tuple[int, torch.Tensor]] = []
+        self._expert_tokens = torch.zeros(num_layers, num_experts, dtype=torch.int64)
+
+    def begin(
+        self,
+        step: int,
+        layer: int,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> Pending:
+        """Start one layer. Shapes and dtypes as in DispatchBatch."""
+        if self._routed and layer <= self._routed[-1][0]:
+            self._count()
+        self._routed.append((layer, topk_ids))
+        batch = DispatchBatch(step, layer, hidden_states, topk_ids, topk_weights)
+        return Pending(self._transport, self._transport.dispatch(batch))
+
+    @property
+    def expert_tokens(self) -> torch.Tensor:
+        """[num_layers, num_experts] int64: tokens routed to each expert since the start."""
+        self._count()
+        return self._expert_tokens
+
+    def _count(self) -> None:
+        """Fold the step's choices into the counters: once a step, not once a layer, because small calls add up."""
+        if not self._routed:
+            return
+        ids = torch.stack([topk_ids for _, topk_ids in self._routed])
+        offsets = torch.tensor([layer for layer, _ in self._routed]) * self._num_experts
+        counts = torch.bincount((ids + offsets[:, None, None]).flatten(), minlength=self._expert_tokens.numel())
+        self._expert_tokens += counts.view_as(self._expert_tokens)
+        self._routed.clear()

@@ -1,0 +1,204 @@
+"""The engine: scheduler, model, cache and sampler, one step at a time. No sockets, no threads, no clocks but a timer."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+
+from barista.errors import InvalidRequest, RequestError
+from router.kv_cache.blocks import BlockPool
+from router.kv_cache.storage import allocate_cache
+from router.messages import Failed, ModelInfo, Stats, StepEvents, Submit, Token
+from router.model.batch import Batch
+from router.model.load import Model
+from router.request import Sequence, Status
+from router.sampler import Drawn, sample
+from router.scheduler import ScheduledChunk, Scheduler, StepPlan
+
+log = logging.getLogger(__name__)
+
+NONFINITE = "The model gave values that are not finite for this request."
+
+
+class Engine:
+    """Call submit and abort at any time between steps, and step while has_work.
+
+    A request that cannot run, or whose rows fail, ends with a Failed event; no other is disturbed.
+    """
+
+    def __init__(self, model: Model, scheduler: Scheduler) -> None:
+        self._model = model
+        self._scheduler = scheduler
+        pool = scheduler.pool
+        self._block_size = pool.block_size
+        self._cache = allocate_cache(model.spec, pool.num_blocks, pool.block_size, model.dtype)
+        self._failed: list[Failed] = []
+        self._steps = 0
+        self._step_seconds = 0.0
+        self._iteration_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        """True while a step would do or report something."""
+        return self._scheduler.has_work or bool(self._failed)
+
+    def submit(self, request: Submit) -> None:
+        """Queue a request. What cannot run is reported by the next step."""
+        sequence = Sequence(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling=request.sampling,
+            salt=request.salt,
+        )
+        try:
+            self._check_ids(request)
+            self._scheduler.add(sequence)
+        except RequestError as error:
+            self._failed.append(Failed(request.request_id, error.code or "invalid_request", str(error)))
+
+    def abort(self, request_ids: tuple[str, ...]) -> None:
+        """Forget these requests and free their blocks now."""
+        for request_id in request_ids:
+            self._scheduler.abort(request_id)
+
+    @torch.inference_mode()
+    def step(self) -> StepEvents:
+        """Compute one step and report what it produced."""
+        started = time.perf_counter()
+        plan = self._scheduler.schedule()
+        tokens: tuple[Token, ...] = ()
+        if plan.chunks:
+            tokens = self._compute(plan)
+            self._steps += 1
+            self._step_seconds += time.perf_counter() - started
+            self._iteration_tokens += plan.num_tokens
+        failed, self._failed = tuple(self._failed), []
+        return StepEvents(tokens, failed)
+
+    def stats(self) -> Stats:
+        """Counters and gauges of now."""
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        experts = self._model.pool
+        return Stats(
+            num_requests_running=len(scheduler.running),
+            num_requests_waiting=len(scheduler.waiting),
+            kv_blocks_total=pool.num_blocks,
+            kv_blocks_used=pool.num_used,
+            prefix_cache_queries=pool.queries,
+            prefix_cache_hits=pool.hits,
+            num_preemptions=scheduler.num_preemptions,
+            steps=self._steps,
+            step_seconds=self._step_seconds,
+            iteration_tokens=self._iteration_tokens,
+            expert_tokens=() if experts is None else tuple(map(tuple, experts.expert_tokens.tolist())),
+        )
+
+    def _check_ids(self, request: Submit) -> None:
+        vocab = self._model.spec.vocab_size
+        bad = next((i for i in (*request.prompt_token_ids, *request.sampling.logit_bias) if not 0 <= i < vocab), None)
+        if bad is not None:
+            raise InvalidRequest(f"token id {bad} is outside the vocabulary of {vocab}", code="invalid_request")
+
+    def _compute(self, plan: StepPlan) -> tuple[Token, ...]:
+        logits, failed = self._model.trunk.forward(make_batch(plan, self._block_size), self._cache, self._steps)
+        sampled = plan.sampled
+        drawn = sample(logits, sampled) if sampled else []
+        self._abort_failed(plan, failed)
+        self._scheduler.update(plan, [None if draw is None else draw.token_id for draw in drawn])
+        events = []
+        for sequence, draw in zip(sampled, drawn, strict=True):
+            if sequence.status is Status.FAILED:
+                self._failed.append(Failed(sequence.request_id, "nonfinite", NONFINITE))
+            elif draw is not None and sequence.status is not Status.ABORTED:
+                events.append(_token_event(sequence, draw))
+        return tuple(events)
+
+    def _abort_failed(self, plan: StepPlan, failed: torch.Tensor) -> None:
+        """End the requests with a row that the experts could not answer, before any of it is recorded or cached."""
+        if not failed.any():
+            return
+        of_chunk = failed.split([chunk.num_tokens for chunk in plan.chunks])
+        for chunk, rows in zip(plan.chunks, of_chunk, strict=True):
+            if rows.any():
+                self._scheduler.abort(chunk.sequence.request_id)
+                self._failed.append(Failed(chunk.sequence.request_id, "nonfinite", NONFINITE))
+
+
+def make_batch(plan: StepPlan, block_size: int) -> Batch:
+    """The step's flat tensors."""
+    token_ids: list[int] = []
+    positions: list[int] = []
+    seq_ids: list[int] = []
+    slots: list[int] = []
+    sample_rows: list[int] = []
+    for seq_id, chunk in enumerate(plan.chunks):
+        table = chunk.sequence.block_table
+        span = range(chunk.start, chunk.start + chunk.num_tokens)
+        token_ids += chunk.token_ids
+        positions += span
+        seq_ids += [seq_id] * chunk.num_tokens
+        slots += [table[p // block_size] * block_size + p % block_size for p in span]
+        if chunk.samples:
+            sample_rows.append(len(token_ids) - 1)
+    return Batch(
+        token_ids=torch.tensor(token_ids, dtype=torch.int32),
+        positions=torch.tensor(positions, dtype=torch.int32),
+        seq_ids=torch.tensor(seq_ids, dtype=torch.int32),
+        slots=torch.tensor(slots, dtype=torch.int32),
+        block_tables=_block_tables(plan.chunks),
+        sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
+    )
+
+
+def _block_tables(chunks: tuple[ScheduledChunk, ...]) -> torch.Tensor:
+    width = max(len(chunk.sequence.block_table) for chunk in chunks)
+    rows = [chunk.sequence.block_table + [0] * (width - len(chunk.sequence.block_table)) for chunk in chunks]
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def _token_event(sequence: Sequence, draw: Drawn) -> Token:
+    finished = sequence.status is Status.FINISHED
+    return Token(
+        request_id=sequence.request_id,
+        index=len(sequence.output_token_ids) - 1,
+        token_id=draw.token_id,
+        finish_reason=sequence.finish_reason if finished else None,
+        logprob=draw.logprob,
+        top_logprobs=draw.top_logprobs,
+        num_cached_tokens=sequence.num_cached_tokens,
+    )
+
+
+def kv_blocks(model: Model, block_size: int, tokens: int | None, size: int | None, free: int) -> int:
+    """How many blocks to hold. tokens, size (bytes): what was asked for; free: bytes available.
+
+    Asked for nothing: 1 GiB or one sequence of full length, whichever is more, and never over half of what is free.
+    """
+    per_token = kv_bytes_per_token(model)
+    if tokens is None:
+        default = max(2**30, model.trunk.max_len * per_token)
+        tokens = (size if size is not None else min(default, free // 2)) // per_token
+    return max(1, tokens // block_size)
+
+
+def kv_bytes_per_token(model: Model) -> int:
+    """Bytes of cache for one token over all layers."""
+    return model.spec.kv_values_per_token * model.dtype.itemsize
+
+
+def model_info(model: Model, scheduler: Scheduler, numerics_id: str) -> ModelInfo:
+    """What the API is told when the engine is ready."""
+    capacity = scheduler.pool.num_blocks * scheduler.pool.block_size
+    return ModelInfo(
+        vocab_size=model.spec.vocab_size,
+        max_model_len=scheduler.max_model_len,
+        kv_capacity_tokens=capacity,
+        kv_bytes_per_token=kv_bytes_per_token(model),
+        eos_token_ids=tuple(sorted(scheduler.eos_token_ids)),
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_layers=model.spec.num_layers,
+        num_experts=model.spec.num_experts,
+        numerics_id=numerics_id,
+    )

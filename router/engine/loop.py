@@ -1,0 +1,121 @@
+"""The engine's process: commands in, one frame of events a step out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import threading
+
+import torch
+
+from barista.errors import BaristaError
+from barista.machine import available_memory
+from experts import kernels
+from experts.checkpoint import Checkpoint, open_checkpoint
+from pathlib import Path
+from router.engine.core import Engine, kv_blocks, model_info
+from router.framing import frame, read_frame
+from router.kv_cache.blocks import BlockPool
+from router.messages import (
+    Abort,
+    Command,
+    EngineConfig,
+    Event,
+    Fatal,
+    GetStats,
+    Loading,
+    Ready,
+    Submit,
+    decode_command,
+    decode_config,
+    encode,
+)
+from router.model.load import Model, load_model
+from router.scheduler import Scheduler
+from router.tokenizer import eos_token_ids
+
+log = logging.getLogger(__name__)
+
+# The API bounds what may wait; the engine accepts all that the API lets through.
+UNBOUNDED = 2**62
+
+
+def serve(sock: socket.socket) -> None:
+    """Load what the first frame asks for, then step while there is work. Returns when the peer has gone."""
+    first = read_frame(sock)
+    if first is None:
+        return
+    try:
+        engine, ready = _start(decode_config(first), sock)
+    except BaristaError as error:
+        _send(sock, Fatal(error.message, error.remedy))
+        return
+    _send(sock, ready)
+    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    threading.Thread(target=_read_commands, args=(sock, commands), daemon=True).start()
+    while True:
+        _apply_all(engine, commands, sock)
+        events = engine.step()
+        if events.tokens or events.failed:
+            _send(sock, events)
+
+
+def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready]:
+    kernels.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads)
+    checkpoint = open_checkpoint(Path(config.path))
+    model = load_model(
+        checkpoint,
+        storage_dtype(config.format, checkpoint),
+        config.max_model_len,
+        lambda fraction, message: _send(sock, Loading(fraction, message)),
+    )
+    blocks = kv_blocks(model, config.block_size, config.kv_cache_tokens, config.kv_cache_bytes, available_memory())
+    scheduler = Scheduler(
+        BlockPool(blocks, config.block_size),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=min(model.trunk.max_len, blocks * config.block_size),
+        max_waiting=UNBOUNDED,
+        max_waiting_tokens=UNBOUNDED,
+        eos_token_ids=eos_token_ids(Path(config.path)),
+    )
+    return Engine(model, scheduler), Ready(model_info(model, scheduler, kernels.numerics_id()))
+
+
+def storage_dtype(wanted: str, checkpoint: Checkpoint) -> torch.dtype:
+    """The model's dtype: as asked, or bfloat16 where most of the checkpoint has no more than that, else float32."""
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bf16" else torch.float32
+    size_of: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        size_of[info.dtype] = size_of.get(info.dtype, 0) + info.nbytes
+    return torch.bfloat16 if max(size_of, key=size_of.__getitem__) in ("BF16", "F8_E4M3") else torch.float32
+
+
+def _read_commands(sock: socket.socket, commands: queue.SimpleQueue[Command]) -> None:
+    while (payload := read_frame(sock)) is not None:
+        commands.put(decode_command(payload))
+    os._exit(0)  # The API has gone, however it went. Nothing here outlives it, and a step may be under way.
+
+
+def _apply_all(engine: Engine, commands: queue.SimpleQueue[Command], sock: socket.socket) -> None:
+    """Apply what has arrived; wait for something when there is nothing to do."""
+    while True:
+        try:
+            command = commands.get(block=not engine.has_work)
+        except queue.Empty:
+            return
+        match command:
+            case Submit():
+                engine.submit(command)
+            case Abort():
+                engine.abort(command.request_ids)
+            case GetStats():
+                _send(sock, engine.stats())
+
+
+def _send(sock: socket.socket, event: Event) -> None:
+    sock.sendall(frame(encode(event)))

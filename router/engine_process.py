@@ -1,0 +1,170 @@
+"""The engine as a child process, seen from the API: an EngineClient over a socket pair."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+
+from barista.errors import BaristaError, EngineFailed
+from router.framing import frame, read_frame_async
+from router.messages import (
+    Abort,
+    Command,
+    EngineConfig,
+    Failed,
+    Fatal,
+    GetStats,
+    Loading,
+    ModelInfo,
+    Ready,
+    SamplingParams,
+    Stats,
+    StepEvents,
+    Submit,
+    Token,
+    decode_event,
+    encode,
+)
+
+CLOSE_SECONDS = 5.0
+
+
+class EngineProcess:
+    """Starts the engine, routes its events to the open requests, and ends them all when it dies.
+
+    The process is spawned with its end of a socket pair as its only inherited descriptor. When this process goes, in
+    whatever way, the engine reads end-of-file and exits.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._router: asyncio.Task[None] | None = None
+        self._model: ModelInfo | None = None
+        self._open: dict[str, asyncio.Queue[Token | Failed]] = {}
+        self._stats: list[asyncio.Future[Stats]] = []
+        self.died = asyncio.Event()
+
+    async def start(self, on_progress: Callable[[float, str], None] = lambda fraction, message: None) -> None:
+        """Load the model. Raises BaristaError with the engine's own message if it cannot."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "router.engine", str(theirs.fileno())], pass_fds=[theirs.fileno()]
+            )
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._writer.write(frame(encode(self._config)))
+        while True:
+            payload = await read_frame_async(reader)
+            if payload is None:
+                code = await asyncio.to_thread(self._process.wait)
+                raise BaristaError(f"The engine ended with exit code {code} while loading {self._config.path}.")
+            event = decode_event(payload)
+            if isinstance(event, Loading):
+                on_progress(event.fraction, event.message)
+            elif isinstance(event, Fatal):
+                await asyncio.to_thread(self._process.wait)
+                raise BaristaError(event.message, event.remedy)
+            elif isinstance(event, Ready):
+                self._model = event.model
+                self._router = asyncio.create_task(self._route(reader))
+                return
+
+    @property
+    def pid(self) -> int:
+        """Process id of the engine."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def ready(self) -> bool:
+        """True while the engine serves."""
+        return self._model is not None and not self.died.is_set()
+
+    @property
+    def model(self) -> ModelInfo:
+        """The loaded model. Raises EngineFailed before the start."""
+        if self._model is None:
+            raise EngineFailed("The model is still loading.", status=503, code="loading", retry_after=1)
+        return self._model
+
+    async def submit(
+        self, request_id: str, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, salt: bytes = b""
+    ) -> AsyncIterator[Token | Failed]:
+        """As EngineClient.submit."""
+        if not self.ready:
+            yield _dead(request_id)
+            return
+        events: asyncio.Queue[Token | Failed] = asyncio.Queue()
+        self._open[request_id] = events
+        self._send(Submit(request_id, prompt_token_ids, sampling, salt))
+        finished = False
+        try:
+            while not finished:
+                event = await events.get()
+                finished = isinstance(event, Failed) or event.finish_reason is not None
+                yield event
+        finally:
+            del self._open[request_id]
+            if not finished:
+                self._send(Abort((request_id,)))
+
+    async def stats(self) -> Stats:
+        """As EngineClient.stats."""
+        if not self.ready:
+            raise EngineFailed("The engine is not running.", status=503, code="engine_dead")
+        answer: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
+        self._stats.append(answer)
+        self._send(GetStats())
+        return await answer
+
+    async def close(self) -> None:
+        """End the engine; kill it if it does not go by itself."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._router is not None:
+            self._router.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._router
+        if self._process is None:
+            return
+        try:
+            await asyncio.to_thread(self._process.wait, CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            await asyncio.to_thread(self._process.wait)
+
+    def _send(self, command: Command) -> None:
+        if self._writer is not None and not self.died.is_set() and not self._writer.is_closing():
+            self._writer.write(frame(encode(command)))
+
+    async def _route(self, reader: asyncio.StreamReader) -> None:
+        while (payload := await read_frame_async(reader)) is not None:
+            event = decode_event(payload)
+            if isinstance(event, StepEvents):
+                for item in (*event.tokens, *event.failed):
+                    if (queue := self._open.get(item.request_id)) is not None:
+                        queue.put_nowait(item)
+            elif isinstance(event, Stats):
+                self._answer_stats(event)
+        self.died.set()
+        for request_id, queue in self._open.items():
+            queue.put_nowait(_dead(request_id))
+        for answer in self._stats:
+            if not answer.done():
+                answer.set_exception(EngineFailed("The engine died.", status=503, code="engine_dead"))
+        self._stats.clear()
+
+    def _answer_stats(self, stats: Stats) -> None:
+        answer = self._stats.pop(0)
+        if not answer.done():
+            answer.set_result(stats)
+
+
+def _dead(request_id: str) -> Failed:
+    return Failed(request_id, "engine_dead", "The engine died; the answer cannot be finished.")

@@ -1,0 +1,21 @@
+"""The tensors behind the block table."""
+
+from __future__ import annotations
+
+import torch
+
+from router.model.spec import GQASpec, ModelSpec
+
+
+def allocate_cache(spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros [num_layers, planes, num_blocks, block_size, heads, values].
+
+    Grouped-query attention: planes are keys and values. Latent attention: one plane of one head, latent and rotated key.
+    Pages are zero-filled by the system when first touched, so an unused block costs no memory.
+    """
+    attention = spec.attention
+    if isinstance(attention, GQASpec):
+        shape = (2, num_blocks, block_size, attention.num_kv_heads, attention.head_dim)
+    else:
+        shape = (1, num_blocks, block_size, 1, attention.kv_values)
+    return torch.zeros(spec.num_layers, *shape, dtype=dtype)
