@@ -1,0 +1,15 @@
+"""CPU kernels: C++ over vector extensions (src/), compiled once per instruction set and called through ctypes.
+
+Every function is row-invariant: a row of its result depends on that row's inputs alone, to the byte. It does not depend
+on the other rows, on their number or order, on the number of threads, or on alignment. Bytes differ between
+instruction sets; numerics_id() names what they depend on.
+
+Without a compiler the functions of experts.kernels.reference stand in, with one logged warning.
+"""
+
+from __future__ import annotations
+
+from experts.kernels.library import load, numerics_id, set_num_threads
+from experts.kernels.ops import linear
+
+__all__ = ["linear", "load", "numerics_id", "set_num_threads"]

@@ -1,0 +1,148 @@
+"""Compiles the C++ kernels, once per instruction set, into Barista's cache.
+
+The cache folder's name is a digest of the sources, the flags and the compiler, so that a stale library is never loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from barista.errors import BaristaError, CacheError
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "src"
+
+# No -ffast-math and no contraction: the order and the rounding of every sum are those of the source (src/simd.h).
+_FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w")
+
+
+class NoCompiler(BaristaError):
+    """There is no C++ compiler on this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One instruction set. cpu_flags: what /proc/cpuinfo must list. flags: what the compiler is given."""
+
+    name: str
+    cpu_flags: frozenset[str]
+    flags: tuple[str, ...]
+
+
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd")
+_AVX2_CPU = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2"})
+_AVX512_CPU = _AVX2_CPU | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
+
+# Best first.
+VARIANTS = (
+    Variant("avx512bf16", _AVX512_CPU | {"avx512_bf16"}, (*_AVX512, "-mavx512bf16")),
+    Variant("avx512", _AVX512_CPU, _AVX512),
+    Variant("avx2", _AVX2_CPU, _AVX2),
+    Variant("portable", frozenset(), ()),
+)
+
+
+def cpu_flags() -> frozenset[str]:
+    """The instruction set extensions of this machine, as Linux names them; empty where Linux does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return next((frozenset(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), frozenset())
+
+
+def runnable_variants() -> tuple[Variant, ...]:
+    """The variants that this machine can run, best first. The last one runs anywhere."""
+    here = cpu_flags()
+    return tuple(variant for variant in VARIANTS if variant.cpu_flags <= here)
+
+
+@functools.cache
+def source_digest() -> str:
+    """Hexadecimal digest of the kernels' sources and common flags."""
+    digest = hashlib.sha256(repr(_FLAGS).encode())
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def find_compiler() -> tuple[str, ...]:
+    """The command of a C++ compiler: $CXX, or the first of c++, g++, clang++, or zig from the package `ziglang`.
+
+    Raises NoCompiler.
+    """
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in (named, ["c++"], ["g++"], ["clang++"]):
+        if command and (found := shutil.which(command[0])):
+            return (found, *command[1:])
+    if importlib.util.find_spec("ziglang"):
+        # Unless told otherwise zig compiles for the processor that it runs on.
+        return (sys.executable, "-m", "ziglang", "c++", "-mcpu=baseline")
+    raise NoCompiler(
+        "no C++ compiler was found ($CXX, c++, g++, clang++, the Python package ziglang).",
+        "Install one: `apt install g++`, or `pip install ziglang`.",
+    )
+
+
+def cache_root() -> Path:
+    """$BARISTA_CACHE, or ~/.cache/barista."""
+    return Path(os.environ.get("BARISTA_CACHE") or Path.home() / ".cache" / "barista")
+
+
+@functools.cache
+def _compiler_version(compiler: tuple[str, ...]) -> bytes:
+    return subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
+
+
+def library_path(variant: Variant) -> Path:
+    """Where this variant's library is, or will be when it has been built. Raises NoCompiler."""
+    compiler = find_compiler()
+    identity = repr((source_digest(), VARIANTS, compiler, platform.machine())).encode() + _compiler_version(compiler)
+    return cache_root() / "kernels" / hashlib.sha256(identity).hexdigest()[:16] / f"{variant.name}.so"
+
+
+def build(variant: Variant) -> Path:
+    """Compile one variant unless the cache has it; its path.
+
+    Raises NoCompiler, CacheError when the cache cannot be written, and BaristaError with the compiler's first lines.
+    """
+    target = library_path(variant)
+    if target.exists():
+        return target
+    logger.warning("compiling the CPU kernels (%s), once", variant.name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            unfinished = Path(folder) / target.name
+            _compile((*find_compiler(), *_FLAGS, *variant.flags), unfinished)
+            unfinished.replace(target)
+    except OSError as error:
+        raise CacheError(
+            f"the compiled kernels cannot be written to {target.parent}: {error}.",
+            "Free some space there, or point BARISTA_CACHE to a folder that can be written.",
+        ) from error
+    return target
+
+
+def _compile(command: tuple[str, ...], output: Path) -> None:
+    sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
+    done = subprocess.run([*command, *sources, "-o", str(output)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BaristaError(
+            f"the CPU kernels do not compile with `{shlex.join(command)}`:\n{done.stderr[:2000]}",
+            "Name a C++17 compiler in CXX (GCC 12 or Clang 15 and later work).",
+        )

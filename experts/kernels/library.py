@@ -1,0 +1,74 @@
+"""Chooses, loads and types the compiled kernels (src/barista_kernels.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+
+from barista.errors import BaristaError
+from experts.kernels import compiler
+
+logger = logging.getLogger(__name__)
+
+_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+
+# Name -> (argument types, result type), in the order of src/barista_kernels.h.
+_SIGNATURES: dict[str, tuple[list[type], type | None]] = {
+    "bk_set_threads": ([_I], None),
+    "bk_num_threads": ([], _I),
+    "bk_linear": ([_P, _L, _P, _L, _P, _P, _L, _L, _L, _L, _I, _I], None),
+}
+
+
+class Library:
+    """The compiled kernels of one instruction set. Functions are those of src/barista_kernels.h."""
+
+    def __init__(self, variant: compiler.Variant) -> None:
+        self.variant = variant.name
+        self.functions = ctypes.CDLL(str(compiler.build(variant)))
+        for name, (arguments, result) in _SIGNATURES.items():
+            function = getattr(self.functions, name)
+            function.argtypes, function.restype = arguments, result
+
+
+_loaded = False
+_library: Library | None = None
+
+
+def current() -> ctypes.CDLL | None:
+    """The functions in use, loaded at the first call; None when the torch reference stands in for them."""
+    if not _loaded:
+        use(_best())
+    return _library.functions if _library else None
+
+
+def use(library: Library | None) -> None:
+    """Make this library (None: the torch reference) serve all calls from now on."""
+    global _library, _loaded
+    _library, _loaded = library, True
+
+
+def _best() -> Library | None:
+    try:
+        return Library(compiler.runnable_variants()[0])
+    except (BaristaError, OSError) as error:
+        logger.warning("the CPU kernels are not used, and torch does their work more slowly: %s", error)
+        return None
+
+
+def load() -> str:
+    """Build and load the kernels for this machine if that has not happened yet; what numerics_id() says."""
+    current()
+    return numerics_id()
+
+
+def numerics_id() -> str:
+    """Names what the bytes of the results depend on: sources and instruction set, or "torch-reference"."""
+    current()
+    return f"kernels-{compiler.source_digest()[:8]}-{_library.variant}" if _library else "torch-reference"
+
+
+def set_num_threads(threads: int) -> None:
+    """Threads that the kernels use, the caller's included; 0: as many as this process may run on. No result changes."""
+    if functions := current():
+        functions.bk_set_threads(threads)

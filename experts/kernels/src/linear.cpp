@@ -1,0 +1,78 @@
+// y = x W^T + b, row by row.
+
+#include "barista_kernels.h"
+#include "dot.h"
+#include "thread_pool.h"
+
+namespace bk {
+namespace {
+
+template <class T, class Out>
+void store_tile_row(Out* to, const float* sums, const T* bias, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        f32v v = load(sums + i);
+        if (bias) v = v + load(bias + i, count - i);
+        store(to + i, v, count - i);
+    }
+}
+
+template <class T, class Out>
+void linear(const T* x, int64_t x_stride, const T* weight, int64_t weight_stride, const T* bias, Out* y,
+            int64_t y_stride, int64_t n, int64_t in, int64_t out) {
+    using Packed = typename Dot<T>::Packed;
+    thread_local Buffer packed_rows;
+    const int64_t stride = packed_stride<T>(in);
+    Packed* packed = packed_rows.get<Packed>(n * stride);
+    const int64_t pack_rows = 1 + 65536 / in;
+    parallel_for(ceil_div(n, pack_rows), [&](int64_t task) {
+        for (int64_t r = task * pack_rows; r < n && r < (task + 1) * pack_rows; ++r)
+            pack_row<T>(packed + r * stride, x + r * x_stride, in);
+    });
+
+    const int64_t wanted_tasks = 4 * num_threads();
+    const int64_t tile = tile_size(out, in * static_cast<int64_t>(sizeof(T)), wanted_tasks);
+    const int64_t tiles = ceil_div(out, tile);
+    int64_t row_blocks = ceil_div(wanted_tasks, tiles);
+    if (row_blocks > ceil_div(n, 4 * kPanelRows)) row_blocks = ceil_div(n, 4 * kPanelRows);
+
+    parallel_for(tiles * row_blocks, [&](int64_t task) {
+        const int64_t first = task / row_blocks * tile, last = first + tile < out ? first + tile : out;
+        const int64_t block = task % row_blocks;
+        const int64_t row_begin = n * block / row_blocks, row_end = n * (block + 1) / row_blocks;
+        const T* w[kTile];
+        alignas(64) float sums[kPanelRows * kTile];
+        const int64_t count = tile_pointers(w, weight, weight_stride, first, last);
+        for_each_panel(row_end - row_begin, [&](int64_t panel, int64_t rows) {
+            const Packed* xs[kPanelRows];
+            for (int64_t r = 0; r < rows; ++r) xs[r] = packed + (row_begin + panel + r) * stride;
+            dot_panel<T>(xs, rows, w, count, in, sums, kTile);
+            for (int64_t r = 0; r < rows; ++r)
+                store_tile_row(y + (row_begin + panel + r) * y_stride + first, sums + r * kTile,
+                               bias ? bias + first : nullptr, count);
+        });
+    });
+}
+
+}  // namespace
+}  // namespace bk
+
+extern "C" void bk_linear(const void* x, int64_t x_stride, const void* weight, int64_t weight_stride, const void* bias,
+                          void* y, int64_t y_stride, int64_t n, int64_t in, int64_t out, int32_t dtype,
+                          int32_t out_dtype) {
+    using bk::bf16;
+    auto call = [&](auto t, auto o) {
+        using T = decltype(t);
+        using Out = decltype(o);
+        bk::linear(static_cast<const T*>(x), x_stride, static_cast<const T*>(weight), weight_stride,
+                   static_cast<const T*>(bias), static_cast<Out*>(y), y_stride, n, in, out);
+    };
+    if (dtype == BK_FLOAT32) {
+        out_dtype == BK_FLOAT32 ? call(float{}, float{}) : call(float{}, bf16{});
+    } else {
+        out_dtype == BK_FLOAT32 ? call(bf16{}, float{}) : call(bf16{}, bf16{});
+    }
+}
+
+extern "C" void bk_set_threads(int32_t threads) { bk::set_num_threads(threads); }
+
+extern "C" int32_t bk_num_threads(void) { return bk::num_threads(); }

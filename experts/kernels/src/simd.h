@@ -1,0 +1,171 @@
+// The vector types and the few operations that every kernel is written in.
+//
+// One vector holds kLanes floats, the width of the instruction set that this file is compiled for. The order of every
+// sum is spelled out: multiply-adds are explicit (fma) and the compiler may not contract or reassociate
+// (-ffp-contract=off, no -ffast-math). So a row's bytes do not depend on how rows are blocked.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define BK_INLINE inline __attribute__((always_inline))
+
+namespace bk {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kPanelRows = 6;  // 6 rows x 4 outputs: 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kPanelRows = 3;  // 3 x 4: 12 of 16
+#else
+constexpr int kLanes = 4;
+constexpr int kPanelRows = 2;
+#endif
+
+typedef float f32v __attribute__((vector_size(kLanes * 4)));
+typedef int32_t i32v __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t u32v __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t u16v __attribute__((vector_size(kLanes * 2)));
+typedef float f32x4 __attribute__((vector_size(16)));
+
+// A bfloat16 in memory. Arithmetic is in float32.
+struct bf16 {
+    uint16_t bits;
+};
+
+template <class V>
+BK_INLINE V load_raw(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof(V));
+    return v;
+}
+
+// The first `bytes` of a vector from memory, the rest zero.
+template <class V>
+BK_INLINE V load_raw_partial(const void* p, int64_t bytes) {
+    V v = {};
+    std::memcpy(&v, p, static_cast<size_t>(bytes));
+    return v;
+}
+
+BK_INLINE f32v splat(float x) { return x - f32v{}; }
+
+BK_INLINE f32v fma(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+BK_INLINE f32v max(f32v a, f32v b) { return a > b ? a : b; }
+
+// ---- loads and stores of `count` <= kLanes elements; missing ones read as zero and are not written
+
+BK_INLINE f32v widen(u16v v) { return (f32v)(__builtin_convertvector(v, u32v) << 16); }
+
+// Round to nearest even, as torch does. A NaN stays one.
+BK_INLINE u16v narrow(f32v v) {
+    u32v u = (u32v)v;
+    u32v rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    u32v quiet = (u >> 16) | 0x40u;
+    return __builtin_convertvector((v == v) ? rounded : quiet, u16v);
+}
+
+BK_INLINE f32v load(const float* p, int64_t count = kLanes) {
+    return count >= kLanes ? load_raw<f32v>(p) : load_raw_partial<f32v>(p, count * 4);
+}
+
+BK_INLINE f32v load(const bf16* p, int64_t count = kLanes) {
+    return widen(count >= kLanes ? load_raw<u16v>(p) : load_raw_partial<u16v>(p, count * 2));
+}
+
+BK_INLINE void store(float* p, f32v v, int64_t count = kLanes) {
+    std::memcpy(p, &v, count >= kLanes ? sizeof v : static_cast<size_t>(count) * 4);
+}
+
+BK_INLINE void store(bf16* p, f32v v, int64_t count = kLanes) {
+    u16v u = narrow(v);
+    std::memcpy(p, &u, count >= kLanes ? sizeof u : static_cast<size_t>(count) * 2);
+}
+
+// What v becomes when it is stored as T and loaded again.
+template <class T>
+BK_INLINE f32v rounded_to(f32v v);
+template <>
+BK_INLINE f32v rounded_to<float>(f32v v) {
+    return v;
+}
+template <>
+BK_INLINE f32v rounded_to<bf16>(f32v v) {
+    return widen(narrow(v));
+}
+
+// ---- sums across lanes: lane i with lane i + half, until four are left; then (0 + 2) + (1 + 3)
+
+
+BK_INLINE f32x4 fold_to_four(f32v v) {
+#if defined(__AVX512F__)
+    auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#elif defined(__AVX2__)
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+#else
+    return v;
+#endif
+}
+
+// The sums of four vectors, each in the same order as sum() below.
+BK_INLINE f32x4 sum_each(f32v a, f32v b, f32v c, f32v d) {
+    f32x4 p = fold_to_four(a), q = fold_to_four(b), r = fold_to_four(c), s = fold_to_four(d);
+    f32x4 pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
+    f32x4 rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
+    return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
+}
+
+BK_INLINE float sum(f32v v) {
+    f32x4 p = fold_to_four(v);
+    return (p[0] + p[2]) + (p[1] + p[3]);
+}
+
+BK_INLINE float max_lane(f32v v) {
+    float best = v[0];
+    for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
+    return best;
+}
+
+// exp to about 1 ulp; 0 below -87.3, infinity above 88.7, NaN for NaN. Cody-Waite reduction by ln 2 and the
+// polynomial of Cephes' expf.
+BK_INLINE f32v exp(f32v x) {
+    const f32v shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    f32v clamped = x > 88.7f ? splat(88.7f) : x;
+    f32v biased = fma(clamped, splat(1.44269504f), shift);
+    f32v n = biased - shift;
+    f32v r = fma(n, splat(-0.693359375f), clamped);
+    r = fma(n, splat(2.12194440e-4f), r);
+    f32v p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r) + 1.0f;
+    // 2^n in two factors, because n = 128 is no exponent of a float.
+    i32v half = ((i32v)biased - 0x4b400000) >> 1;
+    i32v rest = ((i32v)biased - 0x4b400000) - half;
+    p = p * (f32v)((half + 127) << 23) * (f32v)((rest + 127) << 23);
+    p = x < -87.3f ? splat(0.0f) : p;
+    return x > 88.7f ? splat(__builtin_inff()) : p;
+}
+
+BK_INLINE f32v silu(f32v x) { return x / (1.0f + exp(-x)); }
+
+}  // namespace bk

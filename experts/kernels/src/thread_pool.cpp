@@ -1,0 +1,156 @@
+#include "thread_pool.h"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace bk {
+namespace {
+
+constexpr auto kSpin = std::chrono::microseconds(40);  // longer than the gap between two kernels of one step
+
+void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// Spins until ready() holds; false when kSpin has passed.
+template <class Ready>
+bool spin_until(Ready&& ready) {
+    const auto deadline = std::chrono::steady_clock::now() + kSpin;
+    do {
+        for (int i = 0; i < 32; ++i) {
+            if (ready()) return true;
+            pause();
+        }
+    } while (std::chrono::steady_clock::now() < deadline);
+    return ready();
+}
+
+int usable_cpus() {
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    int cpus = static_cast<int>(std::thread::hardware_concurrency());
+    return cpus > 0 ? cpus : 1;
+}
+
+// A job is a number of tasks. `ticket_` holds the job's number in its high half and the tasks not yet taken in its low
+// half, so that taking a task and checking that the job is still the same one is a single compare-and-swap. A worker
+// that wakes late finds another number or no tasks, and touches nothing else.
+class Pool {
+  public:
+    explicit Pool(int threads) {
+        for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+    }
+
+    ~Pool() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            stopping_.store(true);
+        }
+        wake_.notify_all();
+        for (auto& worker : workers_) worker.join();
+    }
+
+    int size() const { return static_cast<int>(workers_.size()) + 1; }
+
+    void run(int64_t num_tasks, Task task, void* context) {
+        task_ = task;
+        context_ = context;
+        num_tasks_ = num_tasks;
+        unfinished_.store(num_tasks, std::memory_order_relaxed);
+        const uint64_t job = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
+        ticket_.store(job << 32 | static_cast<uint64_t>(num_tasks));
+        if (sleepers_.load() > 0) {
+            std::lock_guard<std::mutex> lock(mutex_);
+            wake_.notify_all();
+        }
+        take_tasks(static_cast<uint32_t>(job));
+        auto finished = [this] { return unfinished_.load(std::memory_order_acquire) == 0; };
+        while (!spin_until(finished)) std::this_thread::yield();
+    }
+
+  private:
+    void take_tasks(uint32_t job) {
+        uint64_t ticket = ticket_.load(std::memory_order_acquire);
+        while (static_cast<uint32_t>(ticket >> 32) == job && static_cast<uint32_t>(ticket) != 0) {
+            if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
+            task_(context_, num_tasks_ - static_cast<int64_t>(static_cast<uint32_t>(ticket)));
+            unfinished_.fetch_sub(1, std::memory_order_release);
+            ticket = ticket_.load(std::memory_order_acquire);
+        }
+    }
+
+    void work() {
+        uint32_t seen = 0;
+        auto changed = [&] { return static_cast<uint32_t>(ticket_.load() >> 32) != seen || stopping_.load(); };
+        while (true) {
+            if (!spin_until(changed)) {
+                std::unique_lock<std::mutex> lock(mutex_);
+                sleepers_.fetch_add(1);
+                wake_.wait(lock, changed);
+                sleepers_.fetch_sub(1);
+            }
+            if (stopping_.load()) return;
+            seen = static_cast<uint32_t>(ticket_.load() >> 32);
+            take_tasks(seen);
+        }
+    }
+
+    std::vector<std::thread> workers_;
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::atomic<bool> stopping_{false};
+    std::atomic<int> sleepers_{0};
+    alignas(64) std::atomic<uint64_t> ticket_{0};
+    alignas(64) std::atomic<int64_t> unfinished_{0};
+    Task task_ = nullptr;
+    void* context_ = nullptr;
+    int64_t num_tasks_ = 0;
+};
+
+std::mutex pool_mutex;  // one job at a time, whichever thread calls
+std::unique_ptr<Pool> pool;
+std::atomic<int> wanted_threads{0};
+
+}  // namespace
+
+int num_threads() {
+    int threads = wanted_threads.load(std::memory_order_relaxed);
+    if (threads == 0) {
+        threads = usable_cpus();
+        wanted_threads.store(threads);
+    }
+    return threads;
+}
+
+void set_num_threads(int threads) {
+    std::lock_guard<std::mutex> lock(pool_mutex);
+    wanted_threads.store(threads > 0 ? threads : usable_cpus());
+    pool.reset();
+}
+
+void run_tasks(int64_t num_tasks, Task task, void* context) {
+    if (num_tasks <= 1 || num_threads() == 1) {
+        for (int64_t i = 0; i < num_tasks; ++i) task(context, i);
+        return;
+    }
+    std::lock_guard<std::mutex> lock(pool_mutex);
+    if (!pool) pool = std::make_unique<Pool>(num_threads());
+    pool->run(num_tasks, task, context);
+}
+
+}  // namespace bk
