@@ -1,0 +1,185 @@
+"""Prometheus metrics: vLLM's names under the prefix `barista:`, and what an MoE server needs beside them.
+
+Latencies and tokens are counted where they happen. The engine's own numbers are fetched once per scrape.
+prometheus-client appends `_total` to the names of counters.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+PREFIX = "barista:"
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+FIRST_TOKEN_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 40, 160)
+TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 20, 80)
+REQUEST_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+
+
+class EngineStats(Protocol):
+    """What the engine tells of itself (router.messages.Stats). Counters count from its start."""
+
+    @property
+    def num_requests_running(self) -> int: ...
+    @property
+    def num_requests_waiting(self) -> int: ...
+    @property
+    def kv_blocks_total(self) -> int: ...
+    @property
+    def kv_blocks_used(self) -> int: ...
+    @property
+    def prefix_cache_queries(self) -> int: ...
+    @property
+    def prefix_cache_hits(self) -> int: ...
+    @property
+    def num_preemptions(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def step_seconds(self) -> float: ...
+    @property
+    def iteration_tokens(self) -> int: ...
+    @property
+    def expert_tokens(self) -> tuple[tuple[int, ...], ...]: ...
+
+
+class RequestTimer:
+    """Times one sequence. arrival: time.perf_counter() when its request came in."""
+
+    def __init__(self, metrics: Metrics, arrival: float) -> None:
+        self._metrics = metrics
+        self._arrival = arrival
+        self._last: float | None = None
+
+    def token(self) -> None:
+        """A token came out."""
+        now = time.perf_counter()
+        if self._last is None:
+            self._metrics.time_to_first_token.observe(now - self._arrival)
+        else:
+            self._metrics.inter_token_latency.observe(now - self._last)
+        self._metrics.generation_tokens.inc()
+        self._last = now
+
+    def finished(self, reason: str) -> None:
+        """The sequence is complete."""
+        self._metrics.e2e_request_latency.observe(time.perf_counter() - self._arrival)
+        self._metrics.request_success.labels(reason).inc()
+
+
+class Metrics:
+    """One application's metrics in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._engine = EngineCollector()
+        self.registry.register(self._engine)
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of accepted requests.")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens drawn.")
+        self.request_success = self._counter("request_success", "Complete sequences.", "finished_reason")
+        self.request_failure = self._counter("request_failure", "Requests without a complete answer.", "code")
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first token.", FIRST_TOKEN_BUCKETS
+        )
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of a sequence.", TOKEN_BUCKETS
+        )
+        self.e2e_request_latency = self._histogram(
+            "e2e_request_latency_seconds", "From a request's arrival to the end of a sequence.", REQUEST_BUCKETS
+        )
+
+    def timer(self, arrival: float) -> RequestTimer:
+        """A timer for one sequence of a request that arrived at `arrival` (time.perf_counter())."""
+        return RequestTimer(self, arrival)
+
+    def request_failed(self, status: int, code: str | None) -> None:
+        """A request ended without an answer. A client's own mistakes (4xx but 429) count under one code."""
+        is_mistake = 400 <= status < 500 and status != 429
+        self.request_failure.labels("invalid_request" if is_mistake else code or "internal").inc()
+
+    def client_disconnected(self) -> None:
+        """A client left before its answer was complete."""
+        self.request_failure.labels("client_disconnected").inc()
+
+    def exposition(self, stats: EngineStats | None) -> bytes:
+        """Everything in Prometheus' text format. stats: None while there is no engine to ask."""
+        self._engine.stats = stats
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(PREFIX + name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(PREFIX + name, text, buckets=buckets, registry=self.registry)
+
+
+class EngineCollector(Collector):
+    """The engine's numbers, as of the last `stats` it was given."""
+
+    def __init__(self) -> None:
+        self.stats: EngineStats | None = None
+
+    def describe(self) -> list[Metric]:
+        """Nothing: the names are known only with an engine, and no two collectors share one."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """The families of Prometheus' collector protocol."""
+        if self.stats is not None:
+            yield from _engine_metrics(self.stats)
+            yield from _expert_metrics(self.stats.expert_tokens)
+
+
+def load_imbalance(tokens: Sequence[int]) -> float:
+    """Busiest over average expert of one layer: 1 is perfect balance, and the value before any token."""
+    return max(tokens) * len(tokens) / total if (total := sum(tokens)) else 1.0
+
+
+def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
+    usage = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
+    yield _gauge("num_requests_running", "Sequences in the running batch.", stats.num_requests_running)
+    yield _gauge("num_requests_waiting", "Sequences waiting in the engine.", stats.num_requests_waiting)
+    yield _gauge("kv_cache_usage_perc", "Used share of the KV blocks, 0..1.", usage)
+    yield _counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries)
+    yield _counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits)
+    yield _counter("num_preemptions", "Sequences swapped out for want of KV blocks.", stats.num_preemptions)
+    yield _summary("iteration_tokens_total", "Tokens per step.", stats.steps, stats.iteration_tokens)
+    yield _summary("step_seconds", "Time of a step.", stats.steps, stats.step_seconds)
+
+
+def _expert_metrics(expert_tokens: Sequence[Sequence[int]]) -> Iterator[Metric]:
+    tokens = CounterMetricFamily(PREFIX + "expert_tokens", "Tokens per expert.", labels=("layer", "expert"))
+    imbalance = GaugeMetricFamily(
+        PREFIX + "expert_load_imbalance", "Busiest over average expert since the start.", labels=("layer",)
+    )
+    for layer, counts in enumerate(expert_tokens):
+        for expert, count in enumerate(counts):
+            tokens.add_metric((str(layer), str(expert)), count)
+        if counts:
+            imbalance.add_metric((str(layer),), load_imbalance(counts))
+    yield tokens
+    yield imbalance
+    # With the experts in the engine's own process there is one placement, always covered, and nothing to resend.
+    yield _gauge("placement_epoch", "Number of the placement in use.", 0)
+    yield _gauge("experts_uncovered", "Experts that no live worker holds.", 0)
+    yield _counter("resends", "Dispatches sent again after a failure.", 0)
+    yield _counter("hedges", "Dispatches sent again because of a slow worker.", 0)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(PREFIX + name, text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(PREFIX + name, text, value=value)
+
+
+def _summary(name: str, text: str, count: int, total: float) -> Metric:
+    return SummaryMetricFamily(PREFIX + name, text, count_value=count, sum_value=total)

@@ -1,0 +1,113 @@
+"""What stands before every route, as plain ASGI (a wrapper that buffers would break streams and disconnects).
+
+Outside in: keys, then the body. A request that fails here costs no parsing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from barista.errors import InvalidRequest, RequestError
+from router.api.errors import error_response
+from router.api.settings import ApiSettings
+
+OPEN_PATHS = frozenset({"/health", "/ready"})
+
+
+class RequireKey:
+    """Default deny: once keys are configured, everything but OPEN_PATHS needs one.
+
+    Puts the key's sha256 digest, or b"" if no keys are configured, into scope["barista.key"].
+    """
+
+    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+        self._app = app
+        self._digests = settings.api_keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on or answer 401 (ASGI)."""
+        if scope["type"] == "http":
+            scope["barista.key"] = key = self._match(Headers(scope=scope)) if self._digests else b""
+            if key is None and scope["path"] not in OPEN_PATHS:
+                error = InvalidRequest(
+                    "A valid API key is needed, as `Authorization: Bearer KEY`.", status=401, code="invalid_api_key"
+                )
+                await error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _match(self, headers: Headers) -> bytes | None:
+        """The digest of the caller's key. All are compared, each in constant time, so time tells nothing."""
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
+        matches = [known for known in self._digests if hmac.compare_digest(known, digest)]
+        return matches[0] if matches and scheme.lower() == "bearer" else None
+
+
+class ReadBody:
+    """Reads the whole body within its bounds before the application starts.
+
+    Answers 413 above max_body_bytes, 408 after body_timeout seconds, 415 for a body that is not JSON: browsers send
+    the other types across origins without asking, so accepting them would let any web page use a local server.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+        self._app = app
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on with a body that is there, or answer (ASGI)."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check_headers(Headers(scope=scope))
+            async with asyncio.timeout(self._settings.body_timeout):
+                body = await self._read(receive)
+        except TimeoutError:
+            error: RequestError = InvalidRequest("The body took too long to arrive.", status=408)
+            await error_response(error)(scope, receive, send)
+        except RequestError as error:
+            await error_response(error)(scope, receive, send)
+        else:
+            if body is not None:
+                await self._app(scope, _replay(body, receive), send)
+
+    def _check_headers(self, headers: Headers) -> None:
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise InvalidRequest("Send JSON, with the header `Content-Type: application/json`.", status=415)
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > self._settings.max_body_bytes:
+            raise self._too_large()
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The body; None if the client left before its end."""
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self._settings.max_body_bytes:
+                raise self._too_large()
+        return bytes(body)
+
+    def _too_large(self) -> InvalidRequest:
+        limit = self._settings.max_body_bytes
+        return InvalidRequest(f"The body is larger than {limit} bytes.", status=413, code="body_too_large")
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body once, then whatever comes after it."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replay

@@ -1,0 +1,39 @@
+"""The OpenAPI document: the errors that every route can answer with, and the key that it asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from router.api.errors import ErrorBody
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def _errors(*statuses: int) -> Responses:
+    return {status: {"model": ErrorBody} for status in statuses}
+
+
+GET_ERRORS = _errors(400, 401, 404, 405)
+POST_ERRORS = _errors(400, 401, 404, 405, 408, 413, 415, 500, 503)
+GENERATION_ERRORS = {**POST_ERRORS, **_errors(429)}
+
+
+UNREADY = _errors(405, 503)
+TEXT: dict[str, Any] = {"description": "Prometheus text.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+EVENT_STREAM: dict[str, Any] = {
+    "description": "The answer, or with `stream` a server-sent event per chunk and `data: [DONE]` as the last.",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+}
+
+
+def complete_document(app: FastAPI, needs_key: bool) -> None:
+    """Complete the document: FastAPI's 422 is never sent here, and with keys every route but two asks for one."""
+    schema = app.openapi()
+    if needs_key:
+        schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"key": []}]
+    for path in schema["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)

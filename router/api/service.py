@@ -1,0 +1,97 @@
+"""What every route shares: the engine, the tokenizer, the bounds and the counters."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+from barista.errors import InvalidRequest, NotFound, Overloaded
+from barista.metrics import Metrics
+from router.api.admission import Admission
+from router.api.sampling import check_token_ids
+from router.api.settings import ApiSettings
+from router.chat_template import ChatTemplate
+from router.engine_client import EngineClient
+from router.messages import ModelInfo
+from router.tokenizer import Tokenizer
+
+LONG_TEXT = 4096  # characters; tokenising more than this takes long enough to disturb other streams
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Service:
+    """One application's parts. chat_template: None if the model has none."""
+
+    engine: EngineClient
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    settings: ApiSettings
+    admission: Admission
+    metrics: Metrics
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def ready(self) -> bool:
+        """True when a new request would be served."""
+        return self.engine.ready and not self.admission.draining
+
+    def loaded_model(self, name: str | None = None) -> ModelInfo:
+        """The served model. Raises NotFound for another name, Overloaded while it loads or after the engine died."""
+        if name is not None and name != self.settings.model_id:
+            raise unknown_model(name)
+        if not self.engine.ready:
+            raise Overloaded("The model is not loaded.", code="not_ready", retry_after=5)
+        return self.engine.model
+
+    async def encode(self, text: str, *, add_special_tokens: bool, param: str = "prompt") -> tuple[int, ...]:
+        """Token ids of a text. Raises InvalidRequest if it cannot fit the context, long before tokenising it."""
+        max_model_len = self.engine.model.max_model_len
+        if len(text) > max_model_len * self._max_token_chars:
+            raise InvalidRequest(
+                f"The maximum context length is {max_model_len} tokens; {len(text)} characters cannot fit.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        encode = self.tokenizer.encode
+        return tuple(await off_loop(len(text), lambda: encode(text, add_special_tokens=add_special_tokens)))
+
+    async def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """The prompt of a chat. Raises InvalidRequest without a template, or as the template does."""
+        template = self.chat_template
+        if template is None:
+            raise InvalidRequest(
+                f"{self.settings.model_id} has no chat template: it serves completions only.", param="messages"
+            )
+        size = sum(len(message["content"]) + LONG_TEXT // 64 for message in messages)
+        return await off_loop(size, lambda: template.render(messages, add_generation_prompt=add_generation_prompt))
+
+    def check_prompt_ids(self, token_ids: list[int]) -> tuple[int, ...]:
+        """Token ids that a client sent. Raises InvalidRequest if one is out of the vocabulary."""
+        return tuple(check_token_ids(token_ids, self.engine.model.vocab_size, "prompt"))
+
+    @cached_property
+    def _max_token_chars(self) -> int:
+        """The most characters that one token stands for."""
+        return max(len(self.tokenizer.token_bytes(token_id)) for token_id in range(self.tokenizer.vocab_size))
+
+
+def unknown_model(name: str) -> NotFound:
+    """The answer to a model that is not served."""
+    return NotFound(f"The model {name[:100]!r} does not exist.", param="model", code="model_not_found")
+
+
+def cache_salt(key: bytes) -> bytes:
+    """16 bytes that keep one key's prefix-cache blocks apart from all others'; empty when nobody needs a key."""
+    return hashlib.sha256(key).digest()[:16] if key else b""
+
+
+async def off_loop(size: int, work: Callable[[], T]) -> T:
+    """Run work on `size` characters: in a thread if that could hold up the event loop, at once otherwise."""
+    return await asyncio.to_thread(work) if size > LONG_TEXT else work()

@@ -1,0 +1,148 @@
+"""An engine, a tokenizer and a chat template without a model, for tests of the API."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from barista.errors import EngineFailed
+from router.messages import Failed, ModelInfo, SamplingParams, Stats, Submit, Token
+
+EOS = 0
+PIECES = (" the", " cup", "espresso", "STOP", "top", " ☕", "Hello", ", ")
+FIRST_BYTE, FIRST_PIECE = 1, 257
+VOCAB_SIZE = FIRST_PIECE + len(PIECES)
+
+
+class FakeTokenizer:
+    """Token 0 is EOS, 1..256 are the bytes, the rest are PIECES. Encoding uses bytes only."""
+
+    vocab_size = VOCAB_SIZE
+    eos_token_ids = (EOS,)
+    chat_template = None
+    special = frozenset({EOS})
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [FIRST_BYTE + byte for byte in text.encode()]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id == EOS:
+            return b"<eos>"
+        if token_id < FIRST_PIECE:
+            return bytes([token_id - FIRST_BYTE])
+        return PIECES[token_id - FIRST_PIECE].encode()
+
+    def token_text(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        shown = [i for i in ids if not (skip_special_tokens and i in self.special)]
+        return b"".join(self.token_bytes(i) for i in shown).decode("utf-8", "replace")
+
+
+class FakeTemplate:
+    """role: text, one message a line."""
+
+    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **_: Any) -> str:
+        lines = [f"{message['role']}: {message['content']}" for message in messages]
+        return "\n".join(lines + (["assistant:"] if add_generation_prompt else []))
+
+
+def random_tokens(submit: Submit) -> list[int]:
+    """What a model would do: tokens that depend on the prompt and the seed alone; ends with EOS."""
+    tokens: list[int] = []
+    for index in range(12):
+        key = f"{submit.prompt_token_ids}{submit.sampling.seed}{index}".encode()
+        tokens.append(1 + int.from_bytes(hashlib.sha256(key).digest()[:4], "little") % (VOCAB_SIZE - 1))
+    return [*tokens, EOS]
+
+
+@dataclass
+class FakeEngine:
+    """Plays `script(submission)`, one token every `delay` seconds.
+
+    fail: index of the token in whose place Failed(fail_code) comes. gate: tokens wait until it is set.
+    submitted: every submission. aborted: request ids that were closed before their end.
+    """
+
+    script: Callable[[Submit], Sequence[int]] = random_tokens
+    delay: float = 0.0
+    fail: int | None = None
+    fail_code: str = "internal"
+    max_model_len: int = 256
+    kv_capacity_tokens: int = 1024
+    ready: bool = True
+    gate: asyncio.Event | None = None
+    submitted: list[Submit] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+
+    @property
+    def model(self) -> ModelInfo:
+        if not self.ready:
+            raise EngineFailed("not loaded")
+        return ModelInfo(
+            vocab_size=VOCAB_SIZE,
+            max_model_len=self.max_model_len,
+            kv_capacity_tokens=self.kv_capacity_tokens,
+            eos_token_ids=(EOS,),
+            kv_bytes_per_token=64,
+            dtype="float32",
+            num_layers=2,
+            num_experts=4,
+            numerics_id="fake-f32",
+        )
+
+    async def submit(
+        self, request_id: str, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, salt: bytes = b""
+    ) -> AsyncGenerator[Token | Failed]:
+        submit = Submit(request_id=request_id, prompt_token_ids=prompt_token_ids, sampling=sampling, salt=salt)
+        self.submitted.append(submit)
+        finished = False
+        try:
+            for index, token_id in enumerate(self.script(submit)):
+                await asyncio.sleep(self.delay)
+                if self.gate is not None:
+                    await self.gate.wait()
+                finished = index == self.fail
+                if finished:
+                    yield Failed(request_id, self.fail_code, "secret internals")
+                    return
+                token = self._token(submit, index, token_id)
+                finished = token.finish_reason is not None
+                yield token
+                if finished:
+                    return
+        finally:
+            if not finished:
+                self.aborted.append(request_id)
+
+    async def stats(self) -> Stats:
+        return Stats(
+            num_requests_running=1,
+            kv_blocks_total=8,
+            kv_blocks_used=2,
+            prefix_cache_queries=10,
+            prefix_cache_hits=4,
+            steps=5,
+            step_seconds=0.5,
+            iteration_tokens=20,
+            expert_tokens=((), (30, 10, 0, 0)),
+        )
+
+    def _token(self, submit: Submit, index: int, token_id: int) -> Token:
+        sampling = submit.sampling
+        ends = token_id in sampling.stop_token_ids or (token_id == EOS and not sampling.ignore_eos)
+        reason = "stop" if ends else "length" if index + 1 == sampling.max_tokens else None
+        wanted = sampling.logprobs
+        return Token(
+            request_id=submit.request_id,
+            index=index,
+            token_id=token_id,
+            finish_reason=reason,
+            logprob=None if wanted is None else -0.5,
+            top_logprobs=tuple((FIRST_BYTE + 65 + i, float("-inf") if i else -0.25) for i in range(wanted or 0)),
+            num_cached_tokens=3,
+        )
