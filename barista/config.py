@@ -113,7 +113,8 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, object]:
 
 def _kind(key: str) -> type:
     """The type of a field's values, None aside."""
-    return next((kind for kind in get_args(TYPES[key]) if kind is not NoneType), TYPES[key])
+    kinds: tuple[type, ...] = get_args(TYPES[key]) or (TYPES[key],)
+    return next(kind for kind in kinds if kind is not NoneType)
 
 
 def _parse(text: str, key: str) -> object:

@@ -8,7 +8,9 @@ from router.commands.output import print_json, print_table
 
 
 def command(
-    prepare: str = typer.Option(None, metavar="NAME", help="Make a built-in model now instead of at its first use."),
+    prepare: str | None = typer.Option(
+        None, metavar="NAME", help="Make a built-in model now instead of at its first use."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print JSON alone on stdout."),
 ) -> None:
     """List the models on this machine, with their sizes and families."""

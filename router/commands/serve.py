@@ -37,7 +37,9 @@ def _parameter(entry: Field[Any]) -> Parameter:
 
 @with_serve_flags
 def command(
-    config: Path = typer.Option(None, envvar="BARISTA_CONFIG", help="TOML file of these settings, named with _ for -."),
+    config: Path | None = typer.Option(
+        None, envvar="BARISTA_CONFIG", help="TOML file of these settings, named with _ for -."
+    ),
     as_json: bool = typer.Option(False, "--json", help='Once ready, print {"url", "model"} alone on stdout.'),
     until_eof: bool = typer.Option(False, hidden=True, help="Stop when standard input closes."),
     **flags: Any,

@@ -1,0 +1,59 @@
+"""What `barista serve` prints when it is ready: where, what, how much, and a command to try."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from barista.cache import size
+from router.messages import ModelInfo
+
+ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+
+
+def base_url(host: str, port: int) -> str:
+    """The server's address as seen from this machine, without a path."""
+    host = ANYWHERE.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Announcement:
+    """What is known before the model is loaded. url: without a path. has_chat: the model has a chat template."""
+
+    url: str
+    model_id: str
+    path: Path
+    threads: int
+    has_chat: bool
+    needs_key: bool
+
+    def as_json(self, model: ModelInfo) -> str:
+        """For programs."""
+        return json.dumps({"url": self.url, "model": self.model_id})
+
+    def as_text(self, model: ModelInfo) -> str:
+        """For people."""
+        experts = f", {model.num_experts} experts in a layer" if model.num_experts else ""
+        kv_size = size(model.kv_capacity_tokens * model.kv_bytes_per_token)
+        return (
+            f"Ready: {self.model_id} at {self.url}/v1\n"
+            f"  model     {self.path} ({model.num_layers} layers{experts}, {model.dtype})\n"
+            f"  context   {model.max_model_len:,} tokens\n"
+            f"  KV cache  {model.kv_capacity_tokens:,} tokens, {kv_size}\n"
+            f"  threads   {self.threads}\n"
+            f"Try it:\n  {self.curl_line()}\n"
+            "Ctrl-C stops it."
+        )
+
+    def curl_line(self) -> str:
+        """A shell command that gets an answer from the server."""
+        path, body = "completions", {"prompt": "The capital of France is", "max_tokens": 16}
+        if self.has_chat:
+            question = {"role": "user", "content": "What is the capital of France?"}
+            path, body = "chat/completions", {"messages": [question]}
+        key = '-H "Authorization: Bearer $API_KEY" ' if self.needs_key else ""
+        header = "-H 'Content-Type: application/json'"
+        return f"curl {self.url}/v1/{path} {key}{header} -d {shlex.quote(json.dumps(body))}"

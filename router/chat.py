@@ -1,0 +1,124 @@
+"""Talking to a server from the terminal: the conversation, and the client that streams its answers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from barista.errors import BaristaError
+
+CONNECT_SECONDS = 10.0
+DONE = "[DONE]"
+
+
+class ChatClient:
+    """One server's chat endpoint. url: with or without /v1. sampling: fields of the request that are not None."""
+
+    def __init__(self, url: str, api_key: str | None = None, **sampling: object) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._sampling = {name: value for name, value in sampling.items() if value is not None}
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # Not the environment's proxies: they would stand between a terminal and a server on loopback.
+        timeout = httpx.Timeout(CONNECT_SECONDS, read=None)
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
+
+    def model(self) -> str:
+        """The id of the model that the server serves. Raises BaristaError."""
+        with _as_barista_error(self.url):
+            response = self._http.get("/v1/models")
+            _require_ok(response)
+            return str(response.json()["data"][0]["id"])
+
+    def answer(self, messages: list[dict[str, str]]) -> Generator[str, None, None]:
+        """The answer to a conversation, piece by piece. Closing the iterator stops the server's work on it.
+
+        Raises BaristaError with the server's own words when it refuses or fails.
+        """
+        body = {"messages": messages, "stream": True, **self._sampling}
+        with _as_barista_error(self.url), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+            if response.status_code != httpx.codes.OK:
+                response.read()
+            _require_ok(response)
+            for data in _events(response):
+                if data == DONE:
+                    return
+                yield _content(json.loads(data))
+        raise BaristaError("The answer broke off.", "Is the server still running?")
+
+
+@contextlib.contextmanager
+def _as_barista_error(url: str) -> Iterator[None]:
+    """Turn the failures of a connection, and answers that are not OpenAI's, into BaristaError."""
+    try:
+        yield
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise BaristaError(f"Cannot talk to {url}: {error}.", "Is the server running there?") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise BaristaError(f"{url} does not answer as an OpenAI server does.", "Check --url.") from error
+
+
+def _require_ok(response: httpx.Response) -> None:
+    if response.status_code != httpx.codes.OK:
+        raise BaristaError(_message(response), _remedy(response.status_code))
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return f"The server answered {response.status_code} {response.reason_phrase}."
+
+
+def _remedy(status: int) -> str:
+    if status == httpx.codes.UNAUTHORIZED:
+        return "Give the key with --api-key or BARISTA_API_KEY."
+    return "Try again in a moment." if status in (429, 503) else ""
+
+
+def _events(response: httpx.Response) -> Iterator[str]:
+    """The data of each server-sent event. Split at newlines only: U+2028 and the like are part of an answer."""
+    buffer = b""
+    for piece in response.iter_bytes():
+        *lines, buffer = (buffer + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[len(b"data:") :].strip().decode()
+
+
+def _content(event: dict[str, Any]) -> str:
+    if "error" in event:
+        raise BaristaError(str(event["error"]["message"]))
+    return "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+
+
+@dataclass
+class Conversation:
+    """What was said so far. system: sent first with every request if there is one."""
+
+    system: str = ""
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def messages(self) -> list[dict[str, str]]:
+        """The request's messages."""
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        return first + self.turns
+
+    def say(self, client: ChatClient, text: str) -> Generator[str, None, None]:
+        """Ask, and yield the answer's pieces. Both are kept once anything was answered, also if it was cut short."""
+        self.turns.append({"role": "user", "content": text})
+        pieces: list[str] = []
+        try:
+            with contextlib.closing(client.answer(self.messages())) as answer:
+                for piece in answer:
+                    pieces.append(piece)
+                    yield piece
+        finally:
+            if any(pieces):
+                self.turns.append({"role": "assistant", "content": "".join(pieces)})
+            else:
+                self.turns.pop()

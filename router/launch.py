@@ -1,0 +1,149 @@
+"""`barista serve`: from a configuration to a server that answers, and from a signal to nothing left behind.
+
+The order: take the port, find (or carve) the model, start the API, which says "not ready" while the engine loads in its
+own process, then wait for whatever ends it. This process imports no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import logging
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import typer
+
+from barista.config import ServeConfig
+from barista.errors import BaristaError, ConfigError
+from router.announce import Announcement, base_url
+from router.api.app import create_app
+from router.api.settings import ApiSettings
+from router.chat_template import load_chat_template
+from router.engine_process import EngineProcess
+from router.messages import EngineConfig
+from router.models import BUILT_IN, resolve
+from router.server import Server
+from router.tokenizer import load_tokenizer
+
+
+def serve(config: ServeConfig, *, as_json: bool = False, until_eof: bool = False) -> int:
+    """Serve until a signal (or, with until_eof, the end of standard input) and return the exit status.
+
+    as_json: print one JSON object when ready instead of the lines for people. Raises BaristaError: the port is in use,
+    keys are missing, the model cannot be loaded, or the engine died.
+    """
+    logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its other lines tell what ours tell
+    api_keys = read_api_keys(config)
+    with listen(config.host, config.port) as sock:
+        path = prepared(config.model)
+        chat_template = load_chat_template(path)
+        engine = EngineProcess(engine_config(config, path))
+        app = create_app(engine, load_tokenizer(path), chat_template, api_settings(config, api_keys))
+        announcement = Announcement(
+            url=base_url(config.host, sock.getsockname()[1]),
+            model_id=model_id(config),
+            path=path,
+            threads=config.threads,
+            has_chat=chat_template is not None,
+            needs_key=bool(api_keys),
+        )
+        text = announcement.as_json if as_json else announcement.as_text
+        server = Server(app, engine, drain_timeout=config.drain_timeout)
+        return asyncio.run(server.run(sock, lambda model: typer.echo(text(model)), until_eof=until_eof))
+
+
+def api_settings(config: ServeConfig, api_keys: tuple[bytes, ...]) -> ApiSettings:
+    """The part of the configuration that the API needs."""
+    return ApiSettings(
+        model_id=model_id(config),
+        api_keys=api_keys,
+        max_waiting_requests=config.max_waiting_requests,
+        max_waiting_tokens=config.max_waiting_tokens,
+    )
+
+
+def model_id(config: ServeConfig) -> str:
+    """The id that clients see: as configured, or the model's name, or the last part of its path."""
+    if config.served_model_id is not None:
+        return config.served_model_id
+    path = Path(config.model).expanduser()
+    return path.absolute().name if path.exists() and config.model != BUILT_IN else config.model
+
+
+def engine_config(config: ServeConfig, path: Path) -> EngineConfig:
+    """The part of the configuration that the engine needs."""
+    return EngineConfig(
+        path=str(path),
+        format=config.format,
+        threads=config.threads,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        kv_cache_tokens=config.kv_cache_tokens,
+        kv_cache_bytes=config.kv_cache_bytes,
+        block_size=config.block_size,
+    )
+
+
+def read_api_keys(config: ServeConfig) -> tuple[bytes, ...]:
+    """The sha256 of each key in --api-key-file: one a line, blank lines and lines that start with # aside.
+
+    Raises ConfigError: the file cannot be read or holds no key, or there is none and the host is not loopback.
+    """
+    if config.api_key_file is None:
+        if not is_loopback(config.host):
+            raise ConfigError(
+                f"Listening on {config.host} without API keys is refused.",
+                "Give --api-key-file FILE with one key a line, or listen on 127.0.0.1.",
+            )
+        return ()
+    try:
+        lines = config.api_key_file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Cannot read the API keys: {error}.", "Give a text file with one key a line.") from error
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise ConfigError(f"{config.api_key_file} holds no key.", "Write one key a line.")
+    return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine can connect to a server on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, so that nobody else takes it while the model loads. Raises ConfigError."""
+    sock = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen()
+    except OSError as error:
+        if sock is not None:
+            sock.close()
+        remedy = "Stop what listens there, or choose another with --port." if sock else "Correct --host."
+        raise ConfigError(f"Cannot listen on {host}, port {port}: {error.strerror}.", remedy) from error
+    return sock
+
+
+def prepared(model: str) -> Path:
+    """The model's path. A missing house-blend is carved first, in a process of its own, because that needs torch."""
+    path = resolve(model)
+    if model == BUILT_IN and not path.exists():
+        status = subprocess.run(
+            [sys.executable, "-m", "router.cli", "models", "--prepare", BUILT_IN], stdin=subprocess.DEVNULL, check=False
+        ).returncode
+        if status != 0:
+            raise BaristaError(f"{BUILT_IN} could not be made (exit status {status}).", "The lines above say why.")
+    return path

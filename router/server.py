@@ -1,0 +1,130 @@
+"""The running server: the API and its engine side by side, and how each ending goes.
+
+SIGINT ends at once: open streams get an error event. SIGTERM drains: new requests are refused, open streams finish, for
+at most drain_timeout. A dead engine ends the server with an error. A second signal always ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from barista.errors import BaristaError
+from router.console import progress
+from router.engine_process import EngineProcess
+from router.messages import ModelInfo
+
+log = logging.getLogger(__name__)
+
+# How long failed streams may take to deliver their last event, and clients to take it.
+LAST_EVENTS_SECONDS = 2
+
+
+class _Http(uvicorn.Server):
+    """uvicorn without its signal handlers: what a signal means is decided here."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ending:
+    """Events that end the server, in the event loop's own terms."""
+
+    now: asyncio.Event
+    drain: asyncio.Event
+
+
+class Server:
+    """An application (router.api.app) and its engine. drain_timeout: seconds."""
+
+    def __init__(self, app: FastAPI, engine: EngineProcess, *, drain_timeout: float) -> None:
+        self._app = app
+        self._engine = engine
+        self._drain_timeout = drain_timeout
+        self._http = _Http(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=LAST_EVENTS_SECONDS,
+            )
+        )
+
+    async def run(self, sock: socket.socket, on_ready: Callable[[ModelInfo], None], *, until_eof: bool) -> int:
+        """Serve on a listening socket until something ends it. Returns the exit status; raises BaristaError."""
+        ending = _Ending(now=asyncio.Event(), drain=asyncio.Event())
+        _watch_signals(ending, until_eof)
+        http = asyncio.create_task(self._http.serve(sockets=[sock]))
+        try:
+            if await self._load(ending, http):
+                on_ready(self._engine.model)
+                await self._until_ended(ending, http)
+        finally:
+            await self._engine.close()
+            self._http.should_exit = True
+            await http
+        return 0
+
+    async def _load(self, ending: _Ending, http: asyncio.Task[None]) -> bool:
+        """Start the engine; False if a signal came first. Raises BaristaError with the engine's reason."""
+        with progress("Loading") as on_progress:
+            loading = asyncio.create_task(self._engine.start(on_progress))
+            await _first(loading, http, ending.now.wait(), ending.drain.wait())
+            if not loading.done():
+                loading.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await loading
+                return False
+            await loading
+            return True
+
+    async def _until_ended(self, ending: _Ending, http: asyncio.Task[None]) -> None:
+        await _first(http, self._engine.died.wait(), ending.now.wait(), ending.drain.wait())
+        if ending.drain.is_set() and not ending.now.is_set():
+            log.info("Draining: open streams have %g s to finish.", self._drain_timeout)
+            self._app.state.drain()
+            await _first(
+                self._app.state.wait_idle(), self._engine.died.wait(), ending.now.wait(), timeout=self._drain_timeout
+            )
+        if self._engine.died.is_set():
+            raise BaristaError("The engine died; the lines above may say why.", "Start the server again.")
+
+
+def _watch_signals(ending: _Ending, until_eof: bool) -> None:
+    loop = asyncio.get_running_loop()
+
+    def terminate() -> None:
+        (ending.now if ending.drain.is_set() else ending.drain).set()
+
+    def read_stdin() -> None:
+        if not os.read(sys.stdin.fileno(), 1):
+            loop.remove_reader(sys.stdin.fileno())
+            ending.now.set()
+
+    loop.add_signal_handler(signal.SIGINT, ending.now.set)
+    loop.add_signal_handler(signal.SIGTERM, terminate)
+    if until_eof:
+        loop.add_reader(sys.stdin.fileno(), read_stdin)
+
+
+async def _first(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any], timeout: float | None = None) -> None:
+    """Wait until one of them is done, or for `timeout` seconds. Tasks go on; coroutines are cancelled."""
+    own = [asyncio.create_task(item) for item in awaitables if not isinstance(item, asyncio.Task)]
+    given = [item for item in awaitables if isinstance(item, asyncio.Task)]
+    await asyncio.wait([*own, *given], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    for task in own:
+        task.cancel()
