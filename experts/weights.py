@@ -79,7 +79,13 @@ class WeightReader:
         """float32, in the shape of info."""
         raw = np.frombuffer(self._map(info.file), dtype=np.uint8, count=info.nbytes, offset=info.offset)
         rows = raw.reshape(*info.shape[:-1], -1)
-        return torch.from_numpy(gguf.dequantize(rows, gguf.GGMLQuantizationType[info.dtype]).reshape(info.shape))
+        try:
+            values = gguf.dequantize(rows, gguf.GGMLQuantizationType[info.dtype])
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.name}: ggml type {info.dtype} is not supported."
+            ) from error
+        return torch.from_numpy(values.reshape(info.shape))
 
     def _fp8_scales(self, info: TensorInfo) -> torch.Tensor:
         """The multipliers of an FP8 weight's 128x128 blocks, float32 [ceil(out / 128), ceil(in / 128)]."""

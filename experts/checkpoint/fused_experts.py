@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from experts.checkpoint.types import TensorInfo
+from barista.errors import CheckpointError
+from experts.checkpoint.types import DOWNLOAD_AGAIN, TensorInfo
 
 _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
@@ -18,10 +19,18 @@ _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 def split_experts(info: TensorInfo, templates: Sequence[str]) -> Iterator[TensorInfo]:
     """[num_experts, rows, columns] as num_experts * len(templates) matrices [rows / len(templates), columns].
 
-    templates: names with {expert}, in the order of their rows within one expert.
+    templates: names with {expert}, in the order of their rows within one expert. Raises CheckpointError for a tensor
+    that cannot be cut so.
     """
+    # An empty tensor may claim any number of experts: its shape is not bounded by the file's size.
+    if len(info.shape) != 3 or 0 in info.shape or info.shape[1] % len(templates):
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name} has shape {list(info.shape)}, expected [experts, rows, columns] "
+            f"with rows for {len(templates)} matrices.",
+            DOWNLOAD_AGAIN,
+        )
     num_experts, rows, columns = info.shape
-    part = info.nbytes // max(1, num_experts * len(templates))
+    part = info.nbytes // (num_experts * len(templates))
     names = (template.format(expert=expert) for expert in range(num_experts) for template in templates)
     for index, name in enumerate(names):
         shape = (rows // len(templates), columns)
@@ -33,7 +42,7 @@ def unfuse(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
     unfused: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         match = _FUSED.fullmatch(name)
-        if match is None or len(info.shape) != 3:
+        if match is None:
             unfused[name] = info
             continue
         roles = ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else ("down_proj",)
