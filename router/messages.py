@@ -37,9 +37,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The first frame: what to load and how much to hold. None: the engine decides and says so in `Ready`.
 
     path: a checkpoint's directory or GGUF file. format: auto (as stored), float32 or bf16. lengths in tokens.
+    eos_token_ids: what ends a sequence; the tokenizer, which the engine does not have, knows them.
     """
 
     path: str
+    eos_token_ids: tuple[int, ...] = ()
     format: str = "auto"
     threads: int = 1
     max_model_len: int | None = None

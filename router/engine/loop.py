@@ -34,7 +34,6 @@ from router.messages import (
 )
 from router.model.load import Model, load_model
 from router.scheduler import Scheduler
-from router.tokenizer import eos_token_ids
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready]:
         max_model_len=min(model.trunk.max_len, blocks * config.block_size),
         max_waiting=UNBOUNDED,
         max_waiting_tokens=UNBOUNDED,
-        eos_token_ids=eos_token_ids(Path(config.path)),
+        eos_token_ids=config.eos_token_ids,
     )
     return Engine(model, scheduler), Ready(model_info(model, scheduler, kernels.numerics_id()))
 

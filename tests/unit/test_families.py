@@ -25,7 +25,9 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def run(model: Model, prompts: list[list[int]], forced: list[list[int]], max_tokens_per_step: int) -> list[torch.Tensor]:
+def run(
+    model: Model, prompts: list[list[int]], forced: list[list[int]], max_tokens_per_step: int
+) -> list[torch.Tensor]:
     """Logits [len(forced) + 1, vocab] of each sequence: after its prompt, then after each forced token."""
     pool = BlockPool(64, BLOCK)
     scheduler = Scheduler(

@@ -1,0 +1,103 @@
+"""The engine ends every request exactly once, and one that fails disturbs no other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from experts.checkpoint import open_checkpoint
+from router.engine.core import kv_blocks, kv_bytes_per_token
+from router.model.load import Model, load_model
+from tests import tiny
+from tests.engines import Recorder, answer, engine_on, request
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    directory = tmp_path_factory.mktemp("model")
+    tiny.make("qwen3_moe", directory)
+    return load_model(open_checkpoint(directory), torch.float32)
+
+
+def test_an_end_token_stops_and_is_reported_last(model: Model) -> None:
+    free = answer(engine_on(model), [request("a", [5, 6, 7], max_tokens=8, temperature=0)]).tokens["a"]
+    stopped = answer(engine_on(model, eos=[free[3]]), [request("a", [5, 6, 7], max_tokens=8, temperature=0)])
+    assert stopped.tokens["a"] == free[: free.index(free[3]) + 1]
+    assert stopped.finished == {"a": "stop"}
+
+
+def test_a_token_outside_the_vocabulary_fails_that_request_alone(model: Model) -> None:
+    both = answer(engine_on(model), [request("bad", [5, 131]), request("good", [5, 6], max_tokens=3)])
+    assert both.failed == {"bad": "invalid_request"}
+    assert len(both.tokens["good"]) == 3
+
+
+def test_a_request_too_long_for_the_cache_fails_that_request_alone(model: Model) -> None:
+    both = answer(engine_on(model, blocks=4), [request("long", range(3, 20)), request("good", [5, 6], max_tokens=3)])
+    assert both.failed == {"long": "context_length_exceeded"}
+    assert len(both.tokens["good"]) == 3
+
+
+def test_an_expert_that_is_not_finite_fails_only_the_requests_that_meet_it(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    directory = tmp_path_factory.mktemp("broken")
+    theirs = tiny.make("qwen3_moe", directory)
+    healthy = load_model(open_checkpoint(directory), torch.float32)
+    submits = [request(str(i), [3 + 7 * i, 4 + 5 * i], max_tokens=2, temperature=0) for i in range(12)]
+    counts = {s.request_id: _experts_met(healthy, s) for s in submits}
+    layer, expert = min(
+        ((layer, e) for layer in range(3) for e in range(10)),
+        key=lambda pair: abs(sum(pair in met for met in counts.values()) - 6),
+    )
+    with torch.no_grad():
+        theirs.model.layers[layer].mlp.experts.down_proj[expert, 0, 0] = float("nan")
+    theirs.save_pretrained(directory)
+    broken = load_model(open_checkpoint(directory), torch.float32)
+    recorder = answer(engine_on(broken), submits)
+    touched = {name for name, met in counts.items() if (layer, expert) in met}
+    assert 0 < len(touched) < len(submits)
+    assert recorder.failed == dict.fromkeys(touched, "nonfinite")
+    clean = answer(engine_on(healthy), submits)
+    assert all(recorder.tokens[name] == clean.tokens[name] for name in clean.tokens if name not in touched)
+
+
+def _experts_met(model: Model, submit: object) -> set[tuple[int, int]]:
+    assert model.pool is not None
+    before = model.pool.expert_tokens.clone()
+    answer(engine_on(model), [submit])  # type: ignore[list-item]
+    met = (model.pool.expert_tokens - before).nonzero().tolist()
+    return {(layer, expert) for layer, expert in met}
+
+
+def test_every_routed_token_is_counted_once_per_chosen_expert(model: Model) -> None:
+    engine = engine_on(model)
+    before = torch.tensor(engine.stats().expert_tokens).sum(dim=1)
+    answer(engine, [request("a", range(5, 15), max_tokens=4, temperature=0)])
+    counted = torch.tensor(engine.stats().expert_tokens).sum(dim=1) - before
+    rows, top_k = 10 + 3, 3
+    assert counted.tolist() == [rows * top_k] * 3
+
+
+def test_an_abort_frees_the_blocks_before_the_next_step(model: Model) -> None:
+    engine = engine_on(model)
+    engine.submit(request("a", range(5, 25), max_tokens=9))
+    Recorder().record(engine.step())
+    assert engine.stats().kv_blocks_used > 0
+    engine.abort(("a",))
+    assert engine.stats().kv_blocks_used == 0
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "free", "blocks"),
+    [(160, None, 10**12, 10), (None, 0, 10**12, 1), (None, None, 0, 1)],
+)
+def test_the_cache_is_as_large_as_asked_for(model: Model, tokens: int, size: int, free: int, blocks: int) -> None:
+    assert kv_blocks(model, 16, tokens, size, free) == blocks
+
+
+def test_unasked_the_cache_takes_a_gibibyte_but_never_half_of_what_is_free(model: Model) -> None:
+    per_block = 16 * kv_bytes_per_token(model)
+    assert kv_blocks(model, 16, None, None, 10**12) == 2**30 // per_block
+    assert kv_blocks(model, 16, None, None, 2**20) == 2**19 // per_block
