@@ -120,6 +120,13 @@ def test_blocks_completed_in_decode_are_shared_with_a_continuation():
     assert step(scheduler) == [("b", 6, 2)]  # 3 + 4 - 1 positions were computed: three full blocks
 
 
+def test_a_block_is_shared_only_once_it_is_computed():
+    scheduler = make_scheduler()
+    scheduler.add(make_sequence("a", 13))
+    step(scheduler)
+    assert scheduler.pool.num_cached == 8 // 2
+
+
 def test_a_queued_request_that_waits_does_not_count_as_cache_queries():
     scheduler = make_scheduler(max_num_seqs=1)
     scheduler.add(make_sequence("a", 4))

@@ -120,7 +120,7 @@ def check_plan(scheduler: Scheduler, plan: StepPlan, alive: list[Sequence]) -> N
 
 def check_blocks(scheduler: Scheduler) -> None:
     scheduler.pool.check([sequence.block_table for sequence in scheduler.running])
-    assert not any(sequence.block_table for sequence in scheduler.waiting)
+    assert not any(sequence.block_table or sequence.num_computed_tokens for sequence in scheduler.waiting)
 
 
 def abort(scheduler: Scheduler, sequence: Sequence) -> None:
