@@ -1,0 +1,121 @@
+"""ServeConfig: three sources in order of precedence, and nothing unknown or ill-typed passes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from barista.config import TYPES, ServeConfig, load
+from barista.errors import ConfigError
+
+NUMBERS = ("port", "threads", "max_num_seqs", "max_num_batched_tokens", "max_waiting_requests")
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "barista.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def test_without_any_source_every_field_has_its_default() -> None:
+    assert load(None, {}, {}) == ServeConfig()
+
+
+@given(
+    st.dictionaries(st.sampled_from(NUMBERS), st.integers(1, 999)),
+    st.dictionaries(st.sampled_from(NUMBERS), st.integers(1, 999)),
+    st.dictionaries(st.sampled_from(NUMBERS), st.integers(1, 999)),
+)
+def test_flags_win_over_the_environment_and_the_environment_over_the_file(
+    tmp_path_factory: pytest.TempPathFactory, in_file: dict[str, int], in_env: dict[str, int], flags: dict[str, int]
+) -> None:
+    file = toml(tmp_path_factory.mktemp("config"), "".join(f"{k} = {v}\n" for k, v in in_file.items()))
+    config = load(file, {f"BARISTA_{k.upper()}": str(v) for k, v in in_env.items()}, flags)
+    expected = dataclasses.asdict(ServeConfig()) | in_file | in_env | flags
+    assert dataclasses.asdict(config) == expected
+
+
+@pytest.mark.parametrize("name", sorted(TYPES))
+def test_every_field_can_be_set_from_the_file_and_from_the_environment(tmp_path: Path, name: str) -> None:
+    special = {"format": "bf16", "log_level": "error"}
+    kind = TYPES[name]
+    value = special.get(name, "x" if kind in (str, str | None) or "Path" in str(kind) else 7)
+    from_file = load(toml(tmp_path, f"{name} = {json.dumps(value)}\n"), {}, {})
+    from_env = load(None, {f"BARISTA_{name.upper()}": str(value)}, {})
+    assert from_file == from_env
+    assert getattr(from_file, name) == (Path("x") if "Path" in str(kind) else value)
+
+
+def test_an_unknown_key_is_named_with_the_nearest_known_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"barista\.toml: key 'prot' is not known\. .*port"):
+        load(toml(tmp_path, "prot = 1"), {}, {})
+
+
+def test_an_unknown_variable_is_named_with_the_nearest_known_one() -> None:
+    with pytest.raises(ConfigError, match=r"BARISTA_THREAD is not known\. .*BARISTA_THREADS"):
+        load(None, {"BARISTA_THREAD": "1"}, {})
+
+
+def test_variables_of_other_programs_and_of_the_cache_are_left_alone() -> None:
+    assert load(None, {"PATH": "/bin", "BARISTA_CACHE": "/c", "BARISTA_API_KEY": "k"}, {}) == ServeConfig()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("port = '80'", "port is '80', which is not an integer"),
+        ("port = true", "port is True, which is not an integer"),
+        ("port = 80.0", "port is 80.0, which is not an integer"),
+        ("drain_timeout = 'x'", "drain_timeout is 'x', which is not a number"),
+        ("model = 3", "model is 3, which is not a string"),
+        ("api_key_file = ''", "api_key_file is '', which is not a path"),
+        ("[port]\nx = 1", "port is {'x': 1}, which is not an integer"),
+    ],
+)
+def test_a_wrong_type_names_key_value_and_expected_type(tmp_path: Path, line: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(toml(tmp_path, line), {}, {})
+    assert expected in caught.value.message
+
+
+@pytest.mark.parametrize("text", ["", "eighty", "1.5", "tcp://10.0.0.1:80"])
+def test_a_variable_that_is_no_number_names_itself(text: str) -> None:
+    with pytest.raises(ConfigError, match="BARISTA_PORT is"):
+        load(None, {"BARISTA_PORT": text}, {})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"port": -1},
+        {"port": 65536},
+        {"threads": 0},
+        {"drain_timeout": float("nan")},
+        {"drain_timeout": -0.1},
+        {"format": "fp7"},
+        {"log_level": "loud"},
+        {"kv_cache_tokens": 10, "kv_cache_bytes": 10},
+    ],
+)
+def test_a_value_out_of_range_is_refused(flags: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        load(None, {}, flags)
+
+
+@pytest.mark.parametrize("content", [b"port = ", b"\xff\xfe", None])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "bad.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"bad\.toml"):
+        load(file, {}, {})
+
+
+def test_the_configuration_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ServeConfig().port = 1  # type: ignore[misc]

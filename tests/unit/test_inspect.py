@@ -1,0 +1,107 @@
+"""`barista inspect` against figures computed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from barista.errors import CheckpointError
+from experts.checkpoint import open_checkpoint
+from router.inspect import inspect_checkpoint
+from router.model.families import model_spec
+from router.model.tensors import expert_tensors, trunk_tensors
+
+MOE: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 8,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 4,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "mlp_only_layers": [0],
+}
+# By hand. Attention: q and o 8x8, k and v 4x8, two norms of 4; two layer norms of 8.
+LAYER = 64 + 64 + 32 + 32 + 4 + 4 + 8 + 8
+GATE, EXPERT, DENSE_FFN, TABLE = 6 * 8, 3 * 8 * 4, 3 * 8 * 24, 100 * 8
+TRUNK = 3 * LAYER + 2 * GATE + DENSE_FFN + 2 * TABLE + 8
+
+
+def write(folder: Path, config: dict[str, Any], *, drop: str = "") -> Path:
+    spec = model_spec(config)
+    shapes = trunk_tensors(spec) | expert_tensors(spec)
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items() if name != drop}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_moe_model(tmp_path: Path) -> None:
+    figures = inspect_checkpoint(open_checkpoint(write(tmp_path, MOE)), 10**9)
+    assert (figures.num_layers, figures.num_moe_layers, figures.num_experts, figures.top_k) == (3, 2, 6, 2)
+    assert figures.parameters == TRUNK + 2 * 6 * EXPERT
+    assert figures.active_parameters == TRUNK - TABLE + 2 * 2 * EXPERT
+    assert figures.file_bytes == 4 * figures.parameters
+    one_row = 8
+    assert figures.active_bytes_per_token == 4 * (TRUNK - TABLE + one_row + 2 * 2 * EXPERT)
+    assert figures.kv_bytes_per_token == 3 * 2 * 4 * 4  # layers, k and v, head_dim, float32
+    assert figures.memory_bytes == figures.file_bytes + 64 * figures.kv_bytes_per_token
+
+
+def test_tied_embeddings_are_read_for_every_token(tmp_path: Path) -> None:
+    figures = inspect_checkpoint(open_checkpoint(write(tmp_path, MOE | {"tie_word_embeddings": True})), 10**9)
+    assert figures.parameters == TRUNK - TABLE + 2 * 6 * EXPERT
+    assert figures.active_parameters == TRUNK - TABLE + 2 * 2 * EXPERT
+    assert figures.active_bytes_per_token == 4 * figures.active_parameters
+
+
+def test_a_dense_model_uses_all_of_itself(tmp_path: Path) -> None:
+    config = MOE | {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
+    figures = inspect_checkpoint(open_checkpoint(write(tmp_path, config)), 10**9)
+    assert figures.num_experts == figures.top_k == figures.num_moe_layers == 0
+    assert figures.parameters == figures.active_parameters == 3 * (LAYER + DENSE_FFN) + TABLE + 8
+    assert figures.active_bytes_per_token == figures.file_bytes
+
+
+def test_a_model_fits_exactly_when_its_memory_is_available(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write(tmp_path, MOE))
+    needed = inspect_checkpoint(checkpoint, 0).memory_bytes
+    assert inspect_checkpoint(checkpoint, needed).fits
+    assert not inspect_checkpoint(checkpoint, needed - 1).fits
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.2.mlp.experts.5.up_proj.weight"])
+def test_a_missing_tensor_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=name):
+        inspect_checkpoint(open_checkpoint(write(tmp_path, MOE, drop=name)), 10**9)
+
+
+def test_an_unknown_architecture_is_named_with_the_known_ones(tmp_path: Path) -> None:
+    write(tmp_path, MOE)
+    (tmp_path / "config.json").write_text(json.dumps(MOE | {"architectures": ["FooForCausalLM"]}))
+    with pytest.raises(CheckpointError, match=r"FooForCausalLM.*Qwen3MoeForCausalLM"):
+        inspect_checkpoint(open_checkpoint(tmp_path), 10**9)
+
+
+def test_a_small_latent_attention_caches_the_latent_and_the_rotary_key(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 50, "hidden_size": 8, "intermediate_size": 16,
+        "moe_intermediate_size": 4, "num_hidden_layers": 2, "first_k_dense_replace": 1, "num_attention_heads": 2,
+        "q_lora_rank": None, "kv_lora_rank": 12, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 4,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+        "max_position_embeddings": 32,
+    }  # fmt: skip
+    figures = inspect_checkpoint(open_checkpoint(write(tmp_path, config)), 10**9)
+    assert figures.kv_bytes_per_token == 2 * (12 + 2) * 4
+    assert figures.shared_intermediate_size == 4
