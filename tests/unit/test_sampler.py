@@ -106,7 +106,7 @@ def test_draws_follow_the_softmax(temperature):
 
 def test_draws_of_one_seed_over_token_indices_follow_the_softmax():
     logits = random_logits(1, vocab_size=8, scale=1.0)[0]
-    count = 4000
+    count = 2000
     rows = [make_sequence(SamplingParams(seed=5), outputs=[0] * index) for index in range(count)]
     observed = np.bincount([row.token_id for row in sample(logits.expand(count, -1), rows)], minlength=8)
     expected = softmax(logits) * count
@@ -171,6 +171,12 @@ def test_penalties_equal_the_plain_reference(prompt, outputs, presence, frequenc
     assert expected[drawn.token_id] == pytest.approx(expected.max(), abs=1e-5)
 
 
+def test_the_frequency_penalty_counts_and_the_presence_penalty_does_not():
+    logits = torch.tensor([0.0, 2.5, 2.0, 0.0])
+    assert draw(logits, outputs=[1, 1, 2], temperature=0, frequency_penalty=1.0).token_id == 2
+    assert draw(logits, outputs=[1, 1, 2], temperature=0, presence_penalty=1.0).token_id == 1
+
+
 def test_logit_bias_bans_and_forces():
     logits = random_logits(1)[0]
     best = int(logits.argmax())
@@ -186,6 +192,12 @@ def test_logprobs_are_of_the_raw_logits_best_first():
     assert drawn.logprob == pytest.approx(float(expected[5]), abs=1e-5)
     assert [token for token, _ in drawn.top_logprobs] == expected.topk(4).indices.tolist()
     assert [logprob for _, logprob in drawn.top_logprobs] == pytest.approx(expected.topk(4).values.tolist(), abs=1e-5)
+
+
+def test_alternatives_with_many_ties_are_ordered_by_logprob_then_id():
+    logits = random_logits(1, scale=1.0)[0].round()
+    drawn = draw(logits, temperature=0, logprobs=100)
+    assert [token for token, _ in drawn.top_logprobs] == np.lexsort((np.arange(VOCAB_SIZE), -logits))[:100].tolist()
 
 
 def test_equal_logprobs_are_listed_by_id_and_zero_alternatives_give_the_drawn_one_alone():

@@ -87,6 +87,7 @@ def test_the_latest_arrived_is_preempted_and_resumes_with_its_tokens():
     while scheduler.has_work:
         step(scheduler)
     assert second.output_token_ids[: len(drawn)] == drawn
+    assert second.num_cached_tokens == 0, "its own blocks, found again, are not reported as cached"
     assert [len(sequence.output_token_ids) for sequence in (first, second)] == [8, 8]
 
 
