@@ -74,7 +74,7 @@ def test_a_waiting_head_is_not_overtaken_by_one_that_would_fit():
 
 def test_the_latest_arrived_is_preempted_and_resumes_with_its_tokens():
     scheduler = make_scheduler(num_blocks=6)
-    first, second = make_sequence("a", 4, max_tokens=4), make_sequence("b", 4, max_tokens=8)
+    first, second = make_sequence("a", 4, max_tokens=5), make_sequence("b", 4, max_tokens=8)
     scheduler.add(first)
     scheduler.add(second)
     while scheduler.num_preemptions == 0:
@@ -89,7 +89,7 @@ def test_the_latest_arrived_is_preempted_and_resumes_with_its_tokens():
     assert scheduler.pool.hits > 0
     assert second.output_token_ids[: len(drawn)] == drawn
     assert second.num_cached_tokens == 0, "its own blocks, found again, are not reported as cached"
-    assert [len(sequence.output_token_ids) for sequence in (first, second)] == [4, 8]
+    assert [len(sequence.output_token_ids) for sequence in (first, second)] == [5, 8]
 
 
 def test_admission_leaves_a_spare_block_for_each_running_sequence():
