@@ -22,12 +22,14 @@ from barista.errors import BaristaError, ConfigError
 from router.announce import Announcement, base_url
 from router.api.app import create_app
 from router.api.settings import ApiSettings
-from router.chat_template import load_chat_template
+from router.chat_template import ChatTemplate
 from router.engine_process import EngineProcess
 from router.messages import EngineConfig
 from router.models import BUILT_IN, resolve
 from router.server import Server
-from router.tokenizer import load_tokenizer
+from router.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def serve(config: ServeConfig, *, as_json: bool = False, until_eof: bool = False) -> int:
@@ -41,9 +43,10 @@ def serve(config: ServeConfig, *, as_json: bool = False, until_eof: bool = False
     api_keys = read_api_keys(config)
     with listen(config.host, config.port) as sock:
         path = prepared(config.model)
-        chat_template = load_chat_template(path)
+        tokenizer = Tokenizer.from_checkpoint(path)
+        chat_template = chat_template_of(tokenizer)
         engine = EngineProcess(engine_config(config, path))
-        app = create_app(engine, load_tokenizer(path), chat_template, api_settings(config, api_keys))
+        app = create_app(engine, tokenizer, chat_template, api_settings(config, api_keys))
         announcement = Announcement(
             url=base_url(config.host, sock.getsockname()[1]),
             model_id=model_id(config),
@@ -55,6 +58,14 @@ def serve(config: ServeConfig, *, as_json: bool = False, until_eof: bool = False
         text = announcement.as_json if as_json else announcement.as_text
         server = Server(app, engine, drain_timeout=config.drain_timeout)
         return asyncio.run(server.run(sock, lambda model: typer.echo(text(model)), until_eof=until_eof))
+
+
+def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The model's own chat template. Without one the server says so and answers completions only."""
+    if tokenizer.chat_template is None:
+        log.warning("The model has no chat template: /v1/completions works, /v1/chat/completions does not.")
+        return None
+    return ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
 
 
 def api_settings(config: ServeConfig, api_keys: tuple[bytes, ...]) -> ApiSettings:

@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -23,6 +22,8 @@ from barista.errors import BaristaError, CheckpointError
 from router.model.families import model_spec
 from router.models import pulled_path
 
+# The base of all errors of the hub's HTTP library, which is not the same in all of its versions.
+TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 # Weights, configuration and tokenizer; no code and no pickles.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "LICENSE*")
 
@@ -44,7 +45,7 @@ def pull(name: str) -> Path:
         raise BaristaError(
             f"The hub has no model {name}, or it is private.", "Check the name, or run: hf auth login"
         ) from error
-    except (httpx.HTTPError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (TRANSPORT_ERROR, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise BaristaError(f"Cannot download {name}: {error}.", "Run it again to go on where it stopped.") from error
 
 
