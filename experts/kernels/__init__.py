@@ -9,7 +9,20 @@ Without a compiler the functions of experts.kernels.reference stand in, with one
 
 from __future__ import annotations
 
+from experts.kernels.expert_table import ExpertTable
 from experts.kernels.library import load, numerics_id, set_num_threads
-from experts.kernels.ops import linear
+from experts.kernels.ops import attention, linear, moe, rms_norm, rope, silu_mul, store_kv
 
-__all__ = ["linear", "load", "numerics_id", "set_num_threads"]
+__all__ = [
+    "ExpertTable",
+    "attention",
+    "linear",
+    "load",
+    "moe",
+    "numerics_id",
+    "rms_norm",
+    "rope",
+    "set_num_threads",
+    "silu_mul",
+    "store_kv",
+]

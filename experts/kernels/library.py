@@ -17,6 +17,15 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "bk_set_threads": ([_I], None),
     "bk_num_threads": ([], _I),
     "bk_linear": ([_P, _L, _P, _L, _P, _P, _L, _L, _L, _L, _I, _I], None),
+    "bk_rms_norm": ([_P, _L, _P, _L, _P, _F, _P, _L, _L, _I], None),
+    "bk_silu_mul": ([_P, _L, _P, _L, _P, _L, _L, _I], None),
+    "bk_rope": ([_P, _L, _L, _P, _P, _L, _L, _L, _I, _I], None),
+    "bk_store_kv": ([_P, _L, _L, _L, _P, _L, _P, _L, _L], None),
+    "bk_moe": ([_P, _L, _P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _I], _I),
+    "bk_attention": (
+        [_P, _P, _L, _L, _L, _P, _L, _L, _L, _P, _L, _P, _P, _F, _P, _L, _L, _L, _L, _L, _L, _I],
+        None,
+    ),
 }
 
 

@@ -21,6 +21,43 @@ int32_t bk_num_threads(void);
 void bk_linear(const void* x, int64_t x_stride, const void* weight, int64_t weight_stride, const void* bias, void* y,
                int64_t y_stride, int64_t n, int64_t in, int64_t out, int32_t dtype, int32_t out_dtype);
 
+// y [n, width] = weight [width] * round(x / rms(x)), as transformers' LlamaRMSNorm. With a residual (or NULL):
+// first residual += x, rounded, and that is normalised.
+void bk_rms_norm(const void* x, int64_t x_stride, void* residual, int64_t residual_stride, const void* weight,
+                 float eps, void* y, int64_t n, int64_t width, int32_t dtype);
+
+// y [n, width] = round(silu(gate)) * up.
+void bk_silu_mul(const void* gate, int64_t gate_stride, const void* up, int64_t up_stride, void* y, int64_t n,
+                 int64_t width, int32_t dtype);
+
+// Rotates the first 2 * half values of each head of x [n, heads, ...] in place. cos, sin: [n, half].
+// Pairs are (i, i + half), or (2i, 2i + 1) if interleaved.
+void bk_rope(void* x, int64_t x_stride, int64_t head_stride, const float* cos, const float* sin, int64_t n,
+             int64_t heads, int64_t half, int32_t interleaved, int32_t dtype);
+
+// Copies rows [n] of row_bytes bytes to slots (block * block_size + offset) of a cache. Strides here count bytes.
+void bk_store_kv(void* cache, int64_t block_stride, int64_t slot_stride, int64_t block_size, const void* rows,
+                 int64_t row_stride, const int32_t* slots, int64_t n, int64_t row_bytes);
+
+// One layer of routed experts. x, y: [n, hidden]; topk_ids, topk_weights: [n, topk], id -1 is skipped.
+// gate, up: num_experts pointers to [intermediate, hidden]; down: to [hidden, intermediate]; NULL where not held.
+// An expert's row is rounded to dtype, weighted and added in float32 in top-k order, and the sum is rounded once.
+// failed [n]: 1 where a row was not finite; such a row of y is zeros. Returns -1, with nothing written, if an id is out
+// of range or names an expert that is not held; else 0.
+int32_t bk_moe(const void* x, int64_t x_stride, const int32_t* topk_ids, const float* topk_weights,
+               const void* const* gate, const void* const* up, const void* const* down, void* y, uint8_t* failed,
+               int64_t n, int64_t topk, int64_t num_experts, int64_t hidden, int64_t intermediate, int32_t dtype);
+
+// Paged causal attention. q: [n, query_heads, key_dim], y: [n, query_heads, value_dim], both contiguous.
+// Caches: [block][slot][kv head][dim] with the given strides. block_tables: [num_seqs, max_blocks].
+// Row t attends to positions 0..positions[t] of sequence seq_ids[t]; query head h reads kv head
+// h / (query_heads / kv_heads). Softmax in float32, 32 positions at a time, aligned at position 0.
+void bk_attention(const void* q, const void* keys, int64_t key_block_stride, int64_t key_slot_stride,
+                  int64_t key_head_stride, const void* values, int64_t value_block_stride, int64_t value_slot_stride,
+                  int64_t value_head_stride, const int32_t* block_tables, int64_t max_blocks, const int32_t* seq_ids,
+                  const int32_t* positions, float scale, void* y, int64_t n, int64_t query_heads, int64_t kv_heads,
+                  int64_t key_dim, int64_t value_dim, int64_t block_size, int32_t dtype);
+
 #ifdef __cplusplus
 }
 #endif

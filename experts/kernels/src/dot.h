@@ -4,6 +4,8 @@
 // (row, weight row) pair; blocking only decides which pairs share their loads.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace bk {
@@ -117,10 +119,13 @@ BK_INLINE void dot_quad(const typename Dot<T>::Packed* const* x, const T* const*
     }
 }
 
-template <class T, int Rows>
-void dot_rows(const typename Dot<T>::Packed* const* x, const T* const* w, int64_t num_w, int64_t k, float* out,
-              int64_t out_stride) {
-    for (int64_t j = 0; j < num_w; j += kQuad) dot_quad<T, Rows>(x, w + j, k, out + j, out_stride);
+// body(std::integral_constant<int, num_rows>) for 1 <= num_rows <= kPanelRows.
+template <int Rows = kPanelRows, class Body>
+BK_INLINE void with_panel_rows(int64_t num_rows, Body&& body) {
+    if constexpr (Rows > 1) {
+        if (num_rows < Rows) return with_panel_rows<Rows - 1>(num_rows, body);
+    }
+    body(std::integral_constant<int, Rows>{});
 }
 
 // out[r * out_stride + j] = x[r] . w[j] for num_rows <= kPanelRows packed rows and num_w weight rows.
@@ -128,14 +133,10 @@ void dot_rows(const typename Dot<T>::Packed* const* x, const T* const* w, int64_
 template <class T>
 void dot_panel(const typename Dot<T>::Packed* const* x, int64_t num_rows, const T* const* w, int64_t num_w, int64_t k,
                float* out, int64_t out_stride) {
-    switch (num_rows) {
-        case 1: return dot_rows<T, 1>(x, w, num_w, k, out, out_stride);
-        case 2: return dot_rows<T, 2>(x, w, num_w, k, out, out_stride);
-        case 3: return dot_rows<T, kPanelRows >= 3 ? 3 : 1>(x, w, num_w, k, out, out_stride);
-        case 4: return dot_rows<T, kPanelRows >= 4 ? 4 : 1>(x, w, num_w, k, out, out_stride);
-        case 5: return dot_rows<T, kPanelRows >= 5 ? 5 : 1>(x, w, num_w, k, out, out_stride);
-        default: return dot_rows<T, kPanelRows>(x, w, num_w, k, out, out_stride);
-    }
+    with_panel_rows(num_rows, [&](auto rows) {
+        for (int64_t j = 0; j < num_w; j += kQuad)
+            dot_quad<T, decltype(rows)::value>(x, w + j, k, out + j, out_stride);
+    });
 }
 
 // ---- how work is cut

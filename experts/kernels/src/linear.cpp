@@ -1,6 +1,7 @@
 // y = x W^T + b, row by row.
 
 #include "barista_kernels.h"
+#include "dispatch.h"
 #include "dot.h"
 #include "thread_pool.h"
 
@@ -59,18 +60,13 @@ void linear(const T* x, int64_t x_stride, const T* weight, int64_t weight_stride
 extern "C" void bk_linear(const void* x, int64_t x_stride, const void* weight, int64_t weight_stride, const void* bias,
                           void* y, int64_t y_stride, int64_t n, int64_t in, int64_t out, int32_t dtype,
                           int32_t out_dtype) {
-    using bk::bf16;
-    auto call = [&](auto t, auto o) {
-        using T = decltype(t);
-        using Out = decltype(o);
-        bk::linear(static_cast<const T*>(x), x_stride, static_cast<const T*>(weight), weight_stride,
-                   static_cast<const T*>(bias), static_cast<Out*>(y), y_stride, n, in, out);
-    };
-    if (dtype == BK_FLOAT32) {
-        out_dtype == BK_FLOAT32 ? call(float{}, float{}) : call(float{}, bf16{});
-    } else {
-        out_dtype == BK_FLOAT32 ? call(bf16{}, float{}) : call(bf16{}, bf16{});
-    }
+    bk::dispatch(dtype, [&](auto t) {
+        bk::dispatch(out_dtype, [&](auto o) {
+            using T = decltype(t);
+            bk::linear(static_cast<const T*>(x), x_stride, static_cast<const T*>(weight), weight_stride,
+                       static_cast<const T*>(bias), static_cast<decltype(o)*>(y), y_stride, n, in, out);
+        });
+    });
 }
 
 extern "C" void bk_set_threads(int32_t threads) { bk::set_num_threads(threads); }

@@ -1,0 +1,242 @@
+// Paged causal attention for prefill and decode, with an online softmax.
+//
+// A row is one (token, query head). Its positions are taken in chunks of kChunk, aligned at position 0, and each chunk
+// in ascending order. Rows of one sequence and kv head share the loads of keys and values; that changes no row's order.
+
+#include <limits>
+
+#include "barista_kernels.h"
+#include "dispatch.h"
+#include "dot.h"
+#include "thread_pool.h"
+
+namespace bk {
+namespace {
+
+constexpr int64_t kChunk = 32;
+constexpr int64_t kRowsPerTask = 8 * kPanelRows;
+constexpr int kValueVectors = 4;  // vectors of the value dimension that are summed at once
+
+// y[r] = y[r] * scale[r] + sum over j of p[r][j] * value[j], for `vectors` vectors, j ascending.
+template <class T, int Rows>
+BK_INLINE void add_values(const float* probabilities, const float* scale, const T* const* values, int64_t count,
+                          int64_t first, int64_t dim, float* sums, int64_t sums_stride) {
+    f32v acc[Rows][kValueVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kValueVectors; ++v)
+            acc[r][v] = load_raw<f32v>(sums + r * sums_stride + first + v * kLanes) * scale[r];
+    auto add = [&](int64_t j, const f32v* value) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+            const f32v p = splat(probabilities[r * kChunk + j]);
+#pragma GCC unroll 4
+            for (int v = 0; v < kValueVectors; ++v) acc[r][v] = fma(p, value[v], acc[r][v]);
+        }
+    };
+    if (first + kValueVectors * kLanes <= dim) {
+        for (int64_t j = 0; j < count; ++j) {
+            f32v value[kValueVectors];
+#pragma GCC unroll 4
+            for (int v = 0; v < kValueVectors; ++v) value[v] = load(values[j] + first + v * kLanes);
+            add(j, value);
+        }
+    } else {
+        for (int64_t j = 0; j < count; ++j) {
+            f32v value[kValueVectors] = {};
+#pragma GCC unroll 4
+            for (int v = 0; v < kValueVectors; ++v) {
+                const int64_t at = first + v * kLanes;
+                if (at < dim) value[v] = load(values[j] + at, dim - at);
+            }
+            add(j, value);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kValueVectors; ++v) store(sums + r * sums_stride + first + v * kLanes, acc[r][v]);
+}
+
+// One row's softmax over its chunk: scores become probabilities relative to the new maximum.
+// Returns what the sums of earlier chunks must be multiplied with.
+BK_INLINE float softmax_chunk(float* scores, int64_t count, float scale, float& max_score, float& total) {
+    f32v s[kChunk / kLanes];
+    f32v top = splat(max_score);
+    for (int64_t i = 0; i < kChunk; i += kLanes) {
+        f32v& v = s[i / kLanes];
+        v = load(scores + i) * scale;
+        for (int lane = 0; lane < kLanes && count < i + kLanes; ++lane)
+            if (i + lane >= count) v[lane] = -std::numeric_limits<float>::infinity();
+        top = max(v, top);
+    }
+    const float new_max = max_lane(top);
+    f32v chunk_total = {};
+    for (int64_t i = 0; i < kChunk; i += kLanes) {
+        const f32v p = exp(s[i / kLanes] - new_max);
+        store(scores + i, p);
+        chunk_total = chunk_total + p;
+    }
+    const float correction = exp(splat(max_score - new_max))[0];
+    total = total * correction + sum(chunk_total);
+    max_score = new_max;
+    return correction;
+}
+
+// Rows that one task computes: tokens [token_begin, token_end) of one sequence, all query heads of one kv head.
+struct HeadGroup {
+    int64_t token_begin, token_end, kv_head;
+};
+
+template <class T>
+struct Attention {
+    using Packed = typename Dot<T>::Packed;
+
+    const T* q;
+    const T* keys;
+    int64_t key_block_stride, key_slot_stride, key_head_stride;
+    const T* values;
+    int64_t value_block_stride, value_slot_stride, value_head_stride;
+    const int32_t* block_tables;
+    int64_t max_blocks;
+    const int32_t* seq_ids;
+    const int32_t* positions;
+    float scale;
+    T* y;
+    int64_t query_heads, kv_heads, key_dim, value_dim, block_size;
+
+    int64_t group_size() const { return query_heads / kv_heads; }
+
+    struct Row {
+        int64_t index;     // token * query_heads + head
+        int64_t num_keys;  // positions that it attends to
+        float max_score, total;
+    };
+
+    void run(const HeadGroup& task) const {
+        const int64_t num_rows = (task.token_end - task.token_begin) * group_size();
+        for (int64_t at = 0; at < num_rows; at += kRowsPerTask)
+            run_rows(task, at, at + kRowsPerTask < num_rows ? at + kRowsPerTask : num_rows);
+    }
+
+    void run_rows(const HeadGroup& task, int64_t begin, int64_t end) const {
+        thread_local Buffer packed_buffer, sums_buffer;
+        const int64_t num_rows = end - begin, stride = packed_stride<T>(key_dim);
+        const int64_t sums_stride = round_up(value_dim, kValueVectors * kLanes);
+        Packed* packed = packed_buffer.get<Packed>(num_rows * stride);
+        float* sums = sums_buffer.get<float>(num_rows * sums_stride);
+        std::memset(sums, 0, static_cast<size_t>(num_rows * sums_stride) * sizeof(float));
+        Row rows[kRowsPerTask];
+        int64_t num_keys = 0;
+        for (int64_t r = 0; r < num_rows; ++r) {
+            const int64_t token = task.token_begin + (begin + r) / group_size();
+            const int64_t head = task.kv_head * group_size() + (begin + r) % group_size();
+            rows[r] = {token * query_heads + head, positions[token] + 1, -std::numeric_limits<float>::infinity(), 0.0f};
+            pack_row<T>(packed + r * stride, q + rows[r].index * key_dim, key_dim);
+            if (rows[r].num_keys > num_keys) num_keys = rows[r].num_keys;
+        }
+        for (int64_t start = 0; start < num_keys; start += kChunk) {
+            const int64_t count = num_keys - start < kChunk ? num_keys - start : kChunk;
+            const T *key_rows[kChunk], *value_rows[kChunk];
+            locate(task, start, count, key_rows, value_rows);
+            for_each_panel(num_rows, [&](int64_t panel, int64_t n) {
+                add_chunk(rows + panel, n, packed + panel * stride, start, count, key_rows, value_rows,
+                          sums + panel * sums_stride, sums_stride);
+            });
+        }
+        for (int64_t r = 0; r < num_rows; ++r)
+            for (int64_t i = 0; i < value_dim; i += kLanes)
+                store(y + rows[r].index * value_dim + i, load(sums + r * sums_stride + i) / rows[r].total,
+                      value_dim - i);
+    }
+
+    // Where the keys and values of positions [start, start + count) are; the last one repeats up to kChunk.
+    void locate(const HeadGroup& task, int64_t start, int64_t count, const T** key_rows, const T** value_rows) const {
+        const int32_t* table = block_tables + seq_ids[task.token_begin] * max_blocks;
+        for (int64_t j = 0; j < kChunk; ++j) {
+            const int64_t position = start + (j < count ? j : count - 1);
+            const int64_t block = table[position / block_size], slot = position % block_size;
+            key_rows[j] = keys + block * key_block_stride + slot * key_slot_stride + task.kv_head * key_head_stride;
+            value_rows[j] =
+                values + block * value_block_stride + slot * value_slot_stride + task.kv_head * value_head_stride;
+        }
+    }
+
+    // Adds one chunk to a panel of rows. Keys that a row may not see are not touched for it, not even times zero.
+    void add_chunk(Row* rows, int64_t num_rows, const Packed* packed, int64_t start, int64_t count,
+                   const T* const* key_rows, const T* const* value_rows, float* sums, int64_t sums_stride) const {
+        alignas(64) float scores[kPanelRows * kChunk];
+        float correction[kPanelRows];
+        const Packed* x[kPanelRows];
+        bool same = true;
+        for (int64_t r = 0; r < num_rows; ++r) {
+            x[r] = packed + r * packed_stride<T>(key_dim);
+            same = same && rows[r].num_keys >= start + count;
+        }
+        dot_panel<T>(x, num_rows, key_rows, count, key_dim, scores, kChunk);
+        if (same) {
+            for (int64_t r = 0; r < num_rows; ++r)
+                correction[r] = softmax_chunk(scores + r * kChunk, count, scale, rows[r].max_score, rows[r].total);
+            add_panel_values(num_rows, scores, correction, value_rows, count, sums, sums_stride);
+            return;
+        }
+        for (int64_t r = 0; r < num_rows; ++r) {
+            const int64_t seen = rows[r].num_keys - start < count ? rows[r].num_keys - start : count;
+            if (seen <= 0) continue;
+            correction[r] = softmax_chunk(scores + r * kChunk, seen, scale, rows[r].max_score, rows[r].total);
+            add_panel_values(1, scores + r * kChunk, correction + r, value_rows, seen, sums + r * sums_stride,
+                             sums_stride);
+        }
+    }
+
+    template <int Rows>
+    void add_rows_values(const float* p, const float* correction, const T* const* value_rows, int64_t count,
+                         float* sums, int64_t sums_stride) const {
+        for (int64_t i = 0; i < value_dim; i += kValueVectors * kLanes)
+            add_values<T, Rows>(p, correction, value_rows, count, i, value_dim, sums, sums_stride);
+    }
+
+    void add_panel_values(int64_t num_rows, const float* p, const float* correction, const T* const* value_rows,
+                          int64_t count, float* sums, int64_t sums_stride) const {
+        with_panel_rows(num_rows, [&](auto rows) {
+            add_rows_values<decltype(rows)::value>(p, correction, value_rows, count, sums, sums_stride);
+        });
+    }
+};
+
+// Consecutive tokens of one sequence make a task per kv head, as many as fill kRowsPerTask rows.
+int64_t make_tasks(const int32_t* seq_ids, int64_t n, int64_t kv_heads, int64_t group_size, Buffer& buffer) {
+    HeadGroup* tasks = buffer.get<HeadGroup>(n * kv_heads);
+    const int64_t max_tokens = group_size < kRowsPerTask ? kRowsPerTask / group_size : 1;
+    int64_t num_tasks = 0;
+    for (int64_t begin = 0, end; begin < n; begin = end) {
+        for (end = begin + 1; end < n && end - begin < max_tokens && seq_ids[end] == seq_ids[begin];) ++end;
+        for (int64_t head = 0; head < kv_heads; ++head) tasks[num_tasks++] = {begin, end, head};
+    }
+    return num_tasks;
+}
+
+}  // namespace
+}  // namespace bk
+
+extern "C" void bk_attention(const void* q, const void* keys, int64_t key_block_stride, int64_t key_slot_stride,
+                             int64_t key_head_stride, const void* values, int64_t value_block_stride,
+                             int64_t value_slot_stride, int64_t value_head_stride, const int32_t* block_tables,
+                             int64_t max_blocks, const int32_t* seq_ids, const int32_t* positions, float scale, void* y,
+                             int64_t n, int64_t query_heads, int64_t kv_heads, int64_t key_dim, int64_t value_dim,
+                             int64_t block_size, int32_t dtype) {
+    thread_local bk::Buffer buffer;
+    const int64_t num_tasks = bk::make_tasks(seq_ids, n, kv_heads, query_heads / kv_heads, buffer);
+    const bk::HeadGroup* tasks = buffer.get<bk::HeadGroup>(0);
+    bk::dispatch(dtype, [&](auto t) {
+        using T = decltype(t);
+        const bk::Attention<T> attention{static_cast<const T*>(q), static_cast<const T*>(keys), key_block_stride,
+                                         key_slot_stride, key_head_stride, static_cast<const T*>(values),
+                                         value_block_stride, value_slot_stride, value_head_stride, block_tables,
+                                         max_blocks, seq_ids, positions, scale, static_cast<T*>(y), query_heads,
+                                         kv_heads, key_dim, value_dim, block_size};
+        // The last tokens of a prompt see most; starting with them leaves the threads little to wait for.
+        bk::parallel_for(num_tasks, [&](int64_t i) { attention.run(tasks[num_tasks - 1 - i]); });
+    });
+}
