@@ -67,8 +67,8 @@ class ChatTemplate:
     ) -> str:
         """The prompt, special tokens written out, so encode it without adding them again.
 
-        messages, tools: plain JSON values in OpenAI's form. kwargs: of ALLOWED_KWARGS. Raises InvalidRequest for another
-        name and for messages that the template refuses.
+        messages, tools: plain JSON values in OpenAI's form. kwargs: of ALLOWED_KWARGS. Raises InvalidRequest for
+        another name and for messages that the template refuses.
         """
         unknown = sorted(kwargs.keys() - ALLOWED_KWARGS)
         if unknown:
@@ -93,7 +93,7 @@ class ChatTemplate:
 class _GenerationTag(Extension):
     """{% generation %} marks what the assistant wrote, for training; here its body is rendered as it is."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it an instance variable
 
     def parse(self, parser: Parser) -> Node | list[Node]:
         next(parser.stream)
@@ -101,12 +101,21 @@ class _GenerationTag(Extension):
 
 
 class _SafeNamespace(Namespace):
-    """jinja2's namespace(), but no underscore name can be stored: reading one back is outside the sandbox's checks."""
+    """jinja2's namespace(), but no underscore name can be stored: the sandbox does not check what reads them back."""
+
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        for name in dict(*args, **kwargs):
+            _check_attribute(name)
+        super().__init__(*args, **kwargs)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
+        _check_attribute(name)
         super().__setitem__(name, value)
+
+
+def _check_attribute(name: str) -> None:
+    if name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
 
 
 def _tojson(
