@@ -47,7 +47,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
 
-proto: $(VENV)/.installed
+proto: $(if $(PROTOS),$(VENV)/.installed)
 ifeq ($(PROTOS),)
 	@echo "Nothing to generate: proto/ holds no .proto file."
 else
@@ -56,7 +56,7 @@ else
 endif
 
 bench: setup $(VENV)/.dev
-	@$(BIN)/python -m benchmarks.bench $(ARGS)
+	@$(BIN)/python -m benchmarks.generate "$$($(BIN)/python -c 'from router.models import resolve; print(resolve("house-blend"))')" $(ARGS)
 
 soak: setup $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
