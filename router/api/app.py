@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from fastapi import FastAPI
 
 from barista import __version__
@@ -13,7 +11,7 @@ from router.api.chat import chat_router
 from router.api.completions import completions_router
 from router.api.errors import install_error_handlers
 from router.api.middleware import ReadBody, RequireKey
-from router.api.openapi import complete_document
+from router.api.openapi import install_document
 from router.api.operations import operations_router
 from router.api.service import Service
 from router.api.settings import ApiSettings
@@ -37,7 +35,7 @@ def create_app(
     for router in (operations_router, chat_router, completions_router, tokenization_router):
         app.include_router(router(service))
     install_error_handlers(app)
-    complete_document(app, needs_key=bool(settings.api_keys))
+    install_document(app, needs_key=bool(settings.api_keys))
     app.add_middleware(ReadBody, settings=settings)
     app.add_middleware(RequireKey, settings=settings)
     app.state.drain = service.admission.drain

@@ -90,7 +90,7 @@ def chat_router(service: Service) -> APIRouter:
         logprobs = _logprobs(body)
 
         async def prepare() -> Prompts:
-            text = await service.render([message.as_template() for message in body.messages])
+            text = await service.render(body.messages, body.chat_template_kwargs)
             return [await service.encode(text, add_special_tokens=False, param="messages")]
 
         answer_id = request_id("chatcmpl")

@@ -99,8 +99,8 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> InvalidRequest:
         printable(f"{place}: {error['msg']}" if place else str(error["msg"]))
         for place, error in zip(places, errors[:MAX_VALIDATION_ERRORS], strict=False)
     ]
-    # A rule of our own names its field in `ctx`; pydantic can only point at the object around it.
-    param = errors[0].get("ctx", {}).get("param") or places[0].partition(".")[0]
+    # A rule of our own about the whole body names its field in `ctx`.
+    param = places[0].partition(".")[0] or errors[0].get("ctx", {}).get("param", "")
     return InvalidRequest("; ".join(messages), param=printable(param) or None, code=own_code(errors[0]))
 
 

@@ -28,9 +28,19 @@ EVENT_STREAM: dict[str, Any] = {
 }
 
 
-def complete_document(app: FastAPI, needs_key: bool) -> None:
-    """Complete the document: FastAPI's 422 is never sent here, and with keys every route but two asks for one."""
-    schema = app.openapi()
+def install_document(app: FastAPI, needs_key: bool) -> None:
+    """Make `app` describe itself truly: FastAPI's 422 is never sent here, and with keys every route asks for one."""
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            _complete(describe(), needs_key)
+        return describe()
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
+
+
+def _complete(schema: dict[str, Any], needs_key: bool) -> None:
     if needs_key:
         schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"key": []}]

@@ -6,9 +6,9 @@ typing_extensions' TypedDict, because pydantic asks for it below Python 3.12.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 FinishReason = Literal["stop", "length"]
 

@@ -122,6 +122,18 @@ class Message(StrictModel):
         return message | {name: value for name, value in extra.items() if value is not None}
 
 
+class TemplateOptions(StrictModel):
+    """What a client may tell a chat template beside the messages (router.chat_template.ALLOWED_KWARGS)."""
+
+    enable_thinking: bool | None = None
+    thinking: bool | None = None
+    reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """What was sent."""
+        return self.model_dump(exclude_none=True)
+
+
 Messages = Annotated[list[Message], Field(fail_fast=True, min_length=1)]
 
 
@@ -145,6 +157,7 @@ class ChatCompletionRequest(GenerateRequest):
     }
 
     messages: Messages
+    chat_template_kwargs: TemplateOptions | None = None
     max_completion_tokens: Length | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -168,8 +181,8 @@ class CompletionRequest(GenerateRequest):
     def prompts(self) -> list[str | list[int]]:
         """The prompts, however they were sent."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]  # str, or list[int] by its first item
-        return list(self.prompt)  # type: ignore[arg-type]  # list[str] or list[list[int]]
+            return [self.prompt]
+        return list(self.prompt)
 
 
 class TokenizeRequest(StrictModel):
@@ -179,6 +192,7 @@ class TokenizeRequest(StrictModel):
     prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None
+    chat_template_kwargs: TemplateOptions | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
 

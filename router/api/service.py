@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from barista.errors import InvalidRequest, NotFound, Overloaded
 from barista.metrics import Metrics
 from router.api.admission import Admission
 from router.api.sampling import check_token_ids
+from router.api.schemas import Message, TemplateOptions
 from router.api.settings import ApiSettings
 from router.chat_template import ChatTemplate
 from router.engine_client import EngineClient
@@ -62,15 +63,21 @@ class Service:
         encode = self.tokenizer.encode
         return tuple(await off_loop(len(text), lambda: encode(text, add_special_tokens=add_special_tokens)))
 
-    async def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    async def render(
+        self, messages: list[Message], options: TemplateOptions | None, *, add_generation_prompt: bool = True
+    ) -> str:
         """The prompt of a chat. Raises InvalidRequest without a template, or as the template does."""
         template = self.chat_template
         if template is None:
             raise InvalidRequest(
                 f"{self.settings.model_id} has no chat template: it serves completions only.", param="messages"
             )
-        size = sum(len(message["content"]) + LONG_TEXT // 64 for message in messages)
-        return await off_loop(size, lambda: template.render(messages, add_generation_prompt=add_generation_prompt))
+        rendered = [message.as_template() for message in messages]
+        size = sum(len(message["content"]) + LONG_TEXT // 64 for message in rendered)
+        kwargs = options.as_kwargs() if options else {}
+        return await off_loop(
+            size, lambda: template.render(rendered, add_generation_prompt=add_generation_prompt, **kwargs)
+        )
 
     def check_prompt_ids(self, token_ids: list[int]) -> tuple[int, ...]:
         """Token ids that a client sent. Raises InvalidRequest if one is out of the vocabulary."""

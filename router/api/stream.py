@@ -26,7 +26,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class ClientDisconnected(Exception):  # noqa: N818  # an event, not an error
+class ClientDisconnected(Exception):
     """The client left before its answer was complete."""
 
 

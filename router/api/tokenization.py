@@ -23,8 +23,11 @@ def tokenization_router(service: Service) -> APIRouter:
         if body.messages is None:
             text, add_special_tokens = body.prompt or "", body.add_special_tokens is not False
         else:
-            messages = [message.as_template() for message in body.messages]
-            text = await service.render(messages, add_generation_prompt=body.add_generation_prompt is not False)
+            text = await service.render(
+                body.messages,
+                body.chat_template_kwargs,
+                add_generation_prompt=body.add_generation_prompt is not False,
+            )
             add_special_tokens = bool(body.add_special_tokens)
         tokens = await service.encode(text, add_special_tokens=add_special_tokens)
         token_strs = [service.tokenizer.token_text(token_id) for token_id in tokens] if body.return_token_strs else None

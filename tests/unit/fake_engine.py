@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+import json
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
 from barista.errors import EngineFailed
+from router.api.app import create_app
+from router.api.settings import ApiSettings
 from router.messages import Failed, ModelInfo, SamplingParams, Stats, Submit, Token
 
 EOS = 0
@@ -23,7 +33,8 @@ class FakeTokenizer:
     vocab_size = VOCAB_SIZE
     eos_token_ids = (EOS,)
     chat_template = None
-    special = frozenset({EOS})
+    special_token_ids = frozenset({EOS})
+    is_byte_level = True
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         return [FIRST_BYTE + byte for byte in text.encode()]
@@ -39,7 +50,7 @@ class FakeTokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        shown = [i for i in ids if not (skip_special_tokens and i in self.special)]
+        shown = [i for i in ids if not (skip_special_tokens and i in self.special_token_ids)]
         return b"".join(self.token_bytes(i) for i in shown).decode("utf-8", "replace")
 
 
@@ -146,3 +157,55 @@ class FakeEngine:
             top_logprobs=tuple((FIRST_BYTE + 65 + i, float("-inf") if i else -0.25) for i in range(wanted or 0)),
             num_cached_tokens=3,
         )
+
+
+def fake_app(engine: FakeEngine | None = None, *, template: bool = True, **settings: Any) -> FastAPI:
+    """The API on a fake engine."""
+    chat_template = FakeTemplate() if template else None
+    return create_app(engine or FakeEngine(), FakeTokenizer(), chat_template, ApiSettings(**settings))
+
+
+def client(app: FastAPI, **options: Any) -> httpx.AsyncClient:
+    """A client in the same process; close it with `async with`."""
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", **options)
+
+
+def tokens_of(text: str) -> list[int]:
+    """A script that says `text`, in pieces where there are some, and ends."""
+    tokens: list[int] = []
+    while text:
+        piece = next((piece for piece in PIECES if text.startswith(piece)), None)
+        known = [FIRST_PIECE + PIECES.index(piece)] if piece else [FIRST_BYTE + byte for byte in text[0].encode()]
+        tokens, text = tokens + known, text[len(piece or text[0]) :]
+    return [*tokens, EOS]
+
+
+def events_of(body: str) -> list[Any]:
+    """The events of a stream: JSON values, and "[DONE]" as it is."""
+    blocks = body.split("\n\n")
+    assert blocks.pop() == ""
+    assert all(block.startswith("data: ") for block in blocks)
+    return [block[6:] if block == "data: [DONE]" else json.loads(block[6:]) for block in blocks]
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """A real server on a free port of the loopback interface, in a thread; yields its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Wait for something that another thread does."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return condition()
