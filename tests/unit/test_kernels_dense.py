@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from experts import kernels
-from experts.kernels import compiler, library, reference
+from experts.kernels import reference
+from tests.kernel_variants import DTYPES, close, few, values, variant  # noqa: F401 (a fixture)
 
-VARIANTS = compiler.runnable_variants()
-DTYPES = [torch.float32, torch.bfloat16]
-
-few = settings(max_examples=25, deadline=None, database=None, derandomize=True)
-
-
-@pytest.fixture(scope="module", params=[variant.name for variant in VARIANTS], autouse=True)
-def variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(compiler.build, VARIANTS))
-    library.use(library.Library(next(v for v in VARIANTS if v.name == request.param)))
-    kernels.set_num_threads(2)
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield request.param
-    torch.set_num_threads(torch_threads)
-    library.use(library.Library(VARIANTS[0]))
-
-
-def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    rtol, atol = (1e-5, 2e-5) if actual.dtype is torch.float32 else (1.6e-2, 2e-2)
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+pytestmark = pytest.mark.usefixtures("variant")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

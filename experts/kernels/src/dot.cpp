@@ -1,0 +1,56 @@
+#include "dot.h"
+
+namespace bk {
+namespace {
+
+// out[r][0..3] = the dot products of packed row x[r] with w[0..3], for Rows rows.
+template <class T, int Rows>
+BK_INLINE void dot_quad(const typename Dot<T>::Packed* const* x, const T* const* w, int64_t k, float* out,
+                        int64_t out_stride) {
+    using D = Dot<T>;
+    f32v acc[Rows][kQuad] = {};
+    const T *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+    const typename D::Packed* rows[Rows];
+    for (int r = 0; r < Rows; ++r) rows[r] = x[r];
+    int64_t i = 0, p = 0;
+    for (; i + D::kStep <= k; i += D::kStep, p += D::kPackedStep) {
+        const typename D::Weights v[kQuad] = {D::weights(w0 + i), D::weights(w1 + i), D::weights(w2 + i),
+                                              D::weights(w3 + i)};
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+            for (int j = 0; j < kQuad; ++j) D::add(acc[r][j], rows[r] + p, v[j]);
+    }
+    if (i < k) {
+        const int64_t n = k - i;
+        const typename D::Weights v[kQuad] = {D::weights_partial(w0 + i, n), D::weights_partial(w1 + i, n),
+                                              D::weights_partial(w2 + i, n), D::weights_partial(w3 + i, n)};
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+            for (int j = 0; j < kQuad; ++j) D::add(acc[r][j], rows[r] + p, v[j]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+        f32x4 sums = sum_each(acc[r][0], acc[r][1], acc[r][2], acc[r][3]);
+        std::memcpy(out + r * out_stride, &sums, sizeof sums);
+    }
+}
+
+}  // namespace
+
+template <class T>
+void dot_panel(const typename Dot<T>::Packed* const* x, int64_t num_rows, const T* const* w, int64_t num_w, int64_t k,
+               float* out, int64_t out_stride) {
+    with_panel_rows(num_rows, [&](auto rows) {
+        for (int64_t j = 0; j < num_w; j += kQuad)
+            dot_quad<T, decltype(rows)::value>(x, w + j, k, out + j, out_stride);
+    });
+}
+
+template void dot_panel<float>(const Dot<float>::Packed* const*, int64_t, const float* const*, int64_t, int64_t, float*,
+                               int64_t);
+template void dot_panel<bf16>(const Dot<bf16>::Packed* const*, int64_t, const bf16* const*, int64_t, int64_t, float*,
+                              int64_t);
+
+}  // namespace bk
