@@ -10,6 +10,8 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+from barista.errors import InvalidRequest
+
 
 def parse_json(body: bytes) -> Any:
     """The value of a JSON text. Raises HTTPException (400) that says what is wrong with it."""
@@ -44,13 +46,20 @@ class StrictJsonRequest(Request):
 
 
 class StrictJsonRoute(APIRoute):
-    """A route that hands StrictJsonRequests to FastAPI's body parsing."""
+    """A route that takes JSON only and hands StrictJsonRequests to FastAPI's body parsing.
+
+    Browsers send other content types across origins without asking, so accepting those would let any web page use a
+    server on the same machine.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """FastAPI's handler behind a stricter request."""
         handler = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
+            content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if content_type != "application/json":
+                raise InvalidRequest("Send JSON, with the header `Content-Type: application/json`.", status=415)
             return await handler(StrictJsonRequest(request.scope, request.receive))
 
         return strict
