@@ -18,6 +18,7 @@ def command(
     force: bool = typer.Option(False, "--force", help="Replace OUT if it exists."),
 ) -> None:
     """Split each FFN of a dense model into shared and routed experts, with a gate fitted to choose among them."""
+    from barista.cache import size
     from router.carve import CarveOptions, carve
     from router.console import progress
     from router.models import resolve
@@ -25,5 +26,12 @@ def command(
     given = {"max_tokens": max_tokens} if max_tokens is not None else {}
     options = CarveOptions(expert_size=expert_size, num_shared=shared, top_k=top_k, text=text, force=force, **given)
     with progress(f"Carving {source}") as on_progress:
-        carve(resolve(source), out, options, on_progress)
-    typer.echo(f"{out} holds the carved model. Serve it with: barista serve {out}", err=True)
+        report = carve(resolve(source), out, options=options, progress=on_progress)
+    layout = report.layout
+    typer.echo(
+        f"{out}: {report.num_layers} layers of {layout.num_shared} shared and {layout.num_experts} routed experts of "
+        f"{layout.expert_size} neurons, top-{layout.top_k}, {size(report.nbytes)}.\n"
+        f"Calibrated on {report.num_tokens:,} tokens; {report.lost_energy:.1%} of the FFNs' energy is lost.\n"
+        f"Serve it with: barista serve {out}",
+        err=True,
+    )
