@@ -49,7 +49,16 @@ class GQAttention:
         k_cache, v_cache = cache[0], cache[1]
         kernels.store_kv(k_cache, k, batch.slots)
         kernels.store_kv(v_cache, v, batch.slots)
-        out = kernels.attention(q, k_cache, v_cache, batch.block_tables, batch.seq_ids, batch.positions, spec.scale)
+        out = kernels.attention(
+            q,
+            k_cache,
+            v_cache,
+            batch.block_tables,
+            batch.seq_ids,
+            batch.positions,
+            spec.scale,
+            block_size=k_cache.shape[1],
+        )
         return kernels.linear(out.view(n, -1), self.o_weight, self.o_bias)
 
     def _normalise(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -105,6 +114,7 @@ class MLAttention:
             batch.seq_ids,
             batch.positions,
             spec.scale,
+            block_size=latent_cache.shape[1],
         )
         return kernels.linear(_per_head(out, self.w_uv).view(n, -1), self.o_weight, self.o_bias)
 

@@ -34,7 +34,7 @@ def choose(
     topk_ids = choice.topk(spec.top_k, dim=-1).indices
     topk_weights = scores.gather(1, topk_ids)
     if spec.normalise:
-        topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + spec.norm_eps)
+        topk_weights = topk_weights / (_row_sums(topk_weights) + spec.norm_eps)
     if spec.scale != 1.0:
         topk_weights = topk_weights * spec.scale
     if not spec.float32_weights:
@@ -45,7 +45,13 @@ def choose(
 def _mask_groups(choice: torch.Tensor, spec: GateSpec) -> torch.Tensor:
     """Experts outside the best groups take the masked value (DeepSeek's node-limited routing)."""
     groups = choice.view(len(choice), spec.num_groups, -1)
-    score = groups.amax(dim=-1) if spec.group_score == "max" else groups.topk(2, dim=-1).values.sum(dim=-1)
+    best = groups.topk(1 if spec.group_score == "max" else 2, dim=-1).values
+    score = best[..., 0] if spec.group_score == "max" else best[..., 0] + best[..., 1]
     kept = torch.zeros_like(score, dtype=torch.bool)
     kept.scatter_(1, score.topk(spec.topk_groups, dim=-1).indices, True)
     return groups.masked_fill(~kept[:, :, None], spec.masked_value).view_as(choice)
+
+
+def _row_sums(x: torch.Tensor) -> torch.Tensor:
+    """[n, k] -> [n, 1], added from left to right: torch's sum of a row changes its order with the number of rows."""
+    return x.cumsum(dim=-1)[:, -1:]

@@ -64,9 +64,10 @@ def _local_pool(spec: ModelSpec, reader: WeightReader, dtype: torch.dtype, repor
 
 
 def _table(layer: MoESpec, index: int, reader: WeightReader, dtype: torch.dtype) -> kernels.ExpertTable:
-    experts = [
-        [reader.get(name, shape, dtype) for name, shape in layer.experts.tensors(index, expert).items()]
-        for expert in range(layer.experts.num_experts)
-    ]
-    gate, up, down = zip(*experts, strict=True)
-    return kernels.ExpertTable(list(gate), list(up), list(down))
+    weights = {}
+    for expert in range(layer.experts.num_experts):
+        gate, up, down = (
+            reader.get(name, shape, dtype) for name, shape in layer.experts.tensors(index, expert).items()
+        )
+        weights[expert] = gate, up, down
+    return kernels.ExpertTable(weights, layer.experts.num_experts)

@@ -1,0 +1,174 @@
+"""Barista beside transformers' generate on one checkpoint, in one run.
+
+    python -m benchmarks.generate MODEL_DIR [--sequences 1,16] [--prompt 32] [--tokens 64] [--rounds 3] [--json]
+
+Both read the checkpoint in the same dtype on the same threads and decode greedily; a figure is generated tokens divided
+by the wall time of the whole call, prompt included. transformers runs its fastest experts implementation, chosen by
+measuring each first. Rounds alternate between the two, and the ratio is the median of the rounds' ratios.
+The limit is active bytes a token over the read bandwidth measured in the same run: what one sequence cannot exceed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from barista.machine import usable_cores
+from experts.checkpoint import open_checkpoint
+from router.engine_process import EngineProcess
+from router.messages import EngineConfig, Failed, SamplingParams
+from router.model.families import model_spec
+from router.model.tensors import count_parameters
+
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--sequences", default="1,16")
+    parser.add_argument("--prompt", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    print_table(asyncio.run(measure(args)), as_json=args.json)
+
+
+async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each number of sequences."""
+    threads = usable_cores()
+    torch.set_num_threads(threads)
+    engine = EngineProcess(EngineConfig(path=str(args.model), threads=threads))
+    await engine.start()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, engine.model.dtype))
+    theirs.eval()
+    bandwidth = read_bandwidth()
+    limit = bandwidth / active_bytes(args.model, engine.model.dtype)
+    rows = []
+    for num_sequences in map(int, args.sequences.split(",")):
+        prompts = random_prompts(num_sequences, args.prompt, engine.model.vocab_size)
+        fastest = fastest_implementation(theirs, prompts)
+        await generate_ours(engine, prompts, 4)
+        ours, peer = [], []
+        for round_index in range(args.rounds):
+            prompts = random_prompts(num_sequences, args.prompt, engine.model.vocab_size, seed=round_index + 1)
+            ours.append(num_sequences * args.tokens / await generate_ours(engine, prompts, args.tokens))
+            peer.append(num_sequences * args.tokens / generate_theirs(theirs, prompts, args.tokens))
+            progress(f"{num_sequences} sequences, round {round_index + 1}: {ours[-1]:.1f} and {peer[-1]:.1f} tokens/s")
+        rows.append(
+            {
+                "sequences": num_sequences,
+                "barista": statistics.median(ours),
+                "transformers": statistics.median(peer),
+                "experts_implementation": fastest,
+                "ratio": statistics.median(a / b for a, b in zip(ours, peer, strict=True)),
+                "limit": limit if num_sequences == 1 else None,
+                "read_gb_s": bandwidth / 1e9,
+                "dtype": engine.model.dtype,
+                "threads": threads,
+            }
+        )
+    await engine.close()
+    return rows
+
+
+def random_prompts(count: int, length: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
+    """Random token ids; equal lengths, so that transformers needs no padding."""
+    generator = random.Random(seed)
+    return [[generator.randrange(10, vocab_size) for _ in range(length)] for _ in range(count)]
+
+
+async def generate_ours(engine: EngineProcess, prompts: list[list[int]], tokens: int) -> float:
+    """Seconds until every prompt has its tokens."""
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+
+    async def one(index: int) -> None:
+        async for event in engine.submit(f"{time.monotonic_ns()}-{index}", tuple(prompts[index]), sampling):
+            assert not isinstance(event, Failed), event
+
+    started = time.perf_counter()
+    await asyncio.gather(*map(one, range(len(prompts))))
+    return time.perf_counter() - started
+
+
+@torch.inference_mode()
+def generate_theirs(model: transformers.PreTrainedModel, prompts: list[list[int]], tokens: int) -> float:
+    """Seconds of one call of generate."""
+    ids = torch.tensor(prompts)
+    started = time.perf_counter()
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+        pad_token_id=0,
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    assert out.shape[1] == ids.shape[1] + tokens
+    return seconds
+
+
+def fastest_implementation(model: transformers.PreTrainedModel, prompts: list[list[int]]) -> str:
+    """Leave the model with its fastest experts implementation for these prompts; dense models have none to choose."""
+    if not hasattr(model, "set_experts_implementation"):
+        return "dense"
+    seconds: dict[str, float] = {}
+    for name in IMPLEMENTATIONS:
+        model.set_experts_implementation(name)
+        # batched_mm copies the chosen experts' weights for every token: a long prompt would not fit in memory.
+        probe = [prompt[:2] for prompt in prompts] if name == "batched_mm" else prompts
+        generate_theirs(model, probe, 2)
+        seconds[name] = generate_theirs(model, probe, 6)
+    fastest = min(seconds, key=seconds.__getitem__)
+    model.set_experts_implementation(fastest)
+    return fastest
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of summing one GiB, best of five."""
+    data = torch.ones(2**28)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - started)
+    return data.nbytes / best
+
+
+def active_bytes(path: Path, dtype: str) -> int:
+    """Bytes of weights read for one token."""
+    return count_parameters(model_spec(open_checkpoint(path).config))[1] * getattr(torch, dtype).itemsize
+
+
+def print_table(rows: list[dict[str, Any]], *, as_json: bool) -> None:
+    """Markdown, or JSON alone."""
+    if as_json:
+        print(json.dumps(rows))
+        return
+    print("| sequences | Barista, tokens/s | transformers, tokens/s | ratio | share of the limit |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        share = f"{row['barista'] / row['limit']:.0%} of {row['limit']:.0f}" if row["limit"] else ""
+        peer = f"{row['transformers']:.1f} ({row['experts_implementation']})"
+        print(f"| {row['sequences']} | {row['barista']:.1f} | {peer} | {row['ratio']:.2f}x | {share} |")
+    print(f"\n{rows[0]['dtype']}, {rows[0]['threads']} threads, read bandwidth {rows[0]['read_gb_s']:.1f} GB/s.")
+
+
+def progress(message: str) -> None:
+    """A line on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The engine as a real process: it answers, dies honestly, and outlives nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from barista.errors import BaristaError, EngineFailed
+from router.engine_process import EngineProcess
+from router.messages import EngineConfig, Failed, SamplingParams, Token
+from tests import tiny
+
+Body = Callable[[EngineProcess], Coroutine[Any, Any, None]]
+ENDLESS = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    tiny.make("qwen3_moe", directory)
+    return directory
+
+
+def with_engine(checkpoint: Path, body: Body) -> None:
+    async def run() -> None:
+        engine = EngineProcess(EngineConfig(path=str(checkpoint), kv_cache_tokens=2048))
+        await engine.start()
+        try:
+            await asyncio.wait_for(body(engine), 60)
+        finally:
+            await engine.close()
+
+    asyncio.run(run())
+
+
+def gone(pid: int, seconds: float = 10) -> bool:
+    """True once no such process runs."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+async def collect(engine: EngineProcess, name: str, sampling: SamplingParams) -> list[Token | Failed]:
+    return [event async for event in engine.submit(name, (5, 6, 7), sampling)]
+
+
+def test_it_answers_and_counts(checkpoint: Path) -> None:
+    async def body(engine: EngineProcess) -> None:
+        one, two = await asyncio.gather(
+            collect(engine, "a", SamplingParams(temperature=0, max_tokens=5)),
+            collect(engine, "b", SamplingParams(temperature=0, max_tokens=5)),
+        )
+        assert [t.token_id for t in one] == [t.token_id for t in two]  # type: ignore[union-attr]
+        assert one[-1].finish_reason == "length"  # type: ignore[union-attr]
+        stats = await engine.stats()
+        assert (stats.num_requests_running, stats.kv_blocks_used) == (0, 0)
+        assert stats.iteration_tokens == 2 * (3 + 4)
+
+    with_engine(checkpoint, body)
+
+
+def test_leaving_early_frees_the_blocks(checkpoint: Path) -> None:
+    async def body(engine: EngineProcess) -> None:
+        stream = engine.submit("a", (5, 6, 7), ENDLESS)
+        await anext(stream)
+        assert (await engine.stats()).num_requests_running == 1
+        await stream.aclose()
+        assert (await engine.stats()).kv_blocks_used == 0
+
+    with_engine(checkpoint, body)
+
+
+def test_a_killed_engine_fails_its_open_streams_and_new_ones(checkpoint: Path) -> None:
+    async def body(engine: EngineProcess) -> None:
+        stream = engine.submit("a", (5, 6, 7), ENDLESS)
+        await anext(stream)
+        os.kill(engine.pid, signal.SIGKILL)
+        *_, last = [event async for event in stream]
+        assert isinstance(last, Failed)
+        assert last.code == "engine_dead"
+        assert not engine.ready
+        (refused,) = await collect(engine, "b", ENDLESS)
+        assert isinstance(refused, Failed)
+        with pytest.raises(EngineFailed):
+            await engine.stats()
+
+    with_engine(checkpoint, body)
+
+
+def test_closing_ends_the_process(checkpoint: Path) -> None:
+    pids = []
+
+    async def body(engine: EngineProcess) -> None:
+        pids.append(engine.pid)
+
+    with_engine(checkpoint, body)
+    assert gone(pids[0])
+
+
+def test_an_engine_whose_parent_is_killed_ends_by_itself(checkpoint: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(checkpoint)], stdout=subprocess.PIPE, text=True, cwd=Path.cwd()
+    )
+    assert parent.stdout is not None
+    engine_pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert gone(engine_pid)
+
+
+PARENT = """
+import asyncio, sys
+from router.engine_process import EngineProcess
+from router.messages import EngineConfig, SamplingParams
+
+async def main():
+    engine = EngineProcess(EngineConfig(path=sys.argv[1], kv_cache_tokens=512))
+    await engine.start()
+    print(engine.pid, flush=True)
+    async for _ in engine.submit("a", (5, 6), SamplingParams(max_tokens=400, ignore_eos=True)):
+        await asyncio.sleep(1)
+
+asyncio.run(main())
+"""
+
+
+def test_a_checkpoint_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
+    tiny.make("llama", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x10")
+
+    async def start() -> None:
+        engine = EngineProcess(EngineConfig(path=str(tmp_path)))
+        try:
+            await engine.start()
+        finally:
+            await engine.close()
+
+    with pytest.raises(BaristaError, match=r"model\.safetensors"):
+        asyncio.run(start())
