@@ -45,7 +45,7 @@ def serve(config: ServeConfig, *, as_json: bool = False, until_eof: bool = False
         path = prepared(config.model)
         tokenizer = Tokenizer.from_checkpoint(path)
         chat_template = chat_template_of(tokenizer)
-        engine = EngineProcess(engine_config(config, path))
+        engine = EngineProcess(engine_config(config, path, tokenizer.eos_token_ids))
         app = create_app(engine, tokenizer, chat_template, api_settings(config, api_keys))
         announcement = Announcement(
             url=base_url(config.host, sock.getsockname()[1]),
@@ -86,10 +86,11 @@ def model_id(config: ServeConfig) -> str:
     return path.absolute().name if path.exists() and config.model != BUILT_IN else config.model
 
 
-def engine_config(config: ServeConfig, path: Path) -> EngineConfig:
+def engine_config(config: ServeConfig, path: Path, eos_token_ids: tuple[int, ...]) -> EngineConfig:
     """The part of the configuration that the engine needs."""
     return EngineConfig(
         path=str(path),
+        eos_token_ids=eos_token_ids,
         format=config.format,
         threads=config.threads,
         max_model_len=config.max_model_len,
