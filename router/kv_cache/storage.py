@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 from router.model.spec import GQASpec, ModelSpec
@@ -11,11 +14,12 @@ def allocate_cache(spec: ModelSpec, num_blocks: int, block_size: int, dtype: tor
     """Zeros [num_layers, planes, num_blocks, block_size, heads, values].
 
     Grouped-query attention: planes are keys and values. Latent attention: one plane of one head, latent and rotated key.
-    Pages are zero-filled by the system when first touched, so an unused block costs no memory.
+    numpy's zeros, unlike torch's, are untouched pages: a block costs memory only once it is used.
     """
     attention = spec.attention
     if isinstance(attention, GQASpec):
         shape = (2, num_blocks, block_size, attention.num_kv_heads, attention.head_dim)
     else:
         shape = (1, num_blocks, block_size, 1, attention.kv_values)
-    return torch.zeros(spec.num_layers, *shape, dtype=dtype)
+    pages = np.zeros(spec.num_layers * math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(spec.num_layers, *shape)
