@@ -37,7 +37,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 def _single(path: Path) -> dict[str, TensorInfo]:
-    files = sorted(path.glob("*.safetensors"))
+    usual = path / "model.safetensors"  # beside it some hubs keep the same weights under the vendor's own names
+    files = [usual] if usual.is_file() else sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         found = f"{len(files)} .safetensors files and no {INDEX_NAME}" if files else "no .safetensors file"
         raise CheckpointError(f"{path}: has {found}.", DOWNLOAD_AGAIN)

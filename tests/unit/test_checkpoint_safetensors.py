@@ -151,3 +151,12 @@ def test_the_digest_follows_the_table_and_the_configuration(tmp_path):
     save_file({"b": torch.zeros(2)}, path / "model.safetensors")
     third = open_checkpoint(path).digest()
     assert len({first, second, third}) == 3
+
+
+def test_model_safetensors_wins_over_other_files_and_two_others_are_refused(tmp_path):
+    path = write_model(tmp_path / "m", {"a": torch.zeros(2)})
+    write_model(path, {"vendor": torch.zeros(2)}, "consolidated.safetensors")
+    assert list(open_checkpoint(path).tensors) == ["a"]
+    (path / "model.safetensors").rename(path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"2 \.safetensors files and no model\.safetensors\.index\.json"):
+        open_checkpoint(path)
