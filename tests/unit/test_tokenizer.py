@@ -40,8 +40,8 @@ PIECES = [
 TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=6)), max_size=12).map("".join)
 
 
-def has_unusual_number(text):
-    return any(unicodedata.category(c).startswith("N") and c not in "0123456789" for c in text)
+def has_number(text):
+    return any(unicodedata.category(character).startswith("N") for character in text)
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +88,16 @@ def test_a_saved_tokenizer_encodes_and_decodes_in_transformers_as_here(tokenizer
 
 @pytest.mark.slow  # transformers takes ten seconds to convert the vocabulary
 @settings(max_examples=300, deadline=None)
-@given(TEXTS.filter(lambda text: not has_unusual_number(text)))
+@given(TEXTS.filter(lambda text: not has_number(text)))
 def test_a_gguf_tokenizer_encodes_as_transformers_own_conversion(tokenizer, transformers_gguf, text):
-    # Numbers beyond 0-9 are left out: transformers' conversion drops the Digits step that SmolLM2's tokenizer.json and
-    # llama.cpp have, and so joins " ½" into one word. The next test states what is right for them.
+    # Numbers are left out: transformers' conversion drops the Digits step that SmolLM2's tokenizer.json and llama.cpp
+    # have, and so cuts "  7" before its second space. The next test states what is right for them.
     assert tokenizer.encode(text, add_special_tokens=False) == transformers_gguf.encode(text, add_special_tokens=False)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.one_of(st.characters(), st.sampled_from("0159½Ⅷ٣४ a'\n")), max_size=20))
-@example("a ½ 12٣ x")
+@example("a ½ 12٣ x  7")
 def test_smollm_cuts_at_every_numeric_character(tokenizer, text):
     pieces = [""]
     for character in text:
