@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from fastapi import Response
 
-from router.api.generation import Delta, Generation
+from router.api.choice import Delta
+from router.api.generation import Generation
 from router.api.schemas import GenerateRequest
 from router.api.service import Service
 from router.api.stream import DONE, EventStream, JsonAnswer, event

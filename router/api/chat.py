@@ -9,7 +9,8 @@ from fastapi import APIRouter, Request, Response
 
 from barista.errors import InvalidRequest
 from router.api.answers import answer, request_id, shown_logprob
-from router.api.generation import Delta, Generation, Prompts
+from router.api.choice import Delta
+from router.api.generation import Generation, Prompts
 from router.api.json_body import StrictJsonRoute
 from router.api.openapi import EVENT_STREAM, GENERATION_ERRORS
 from router.api.responses import ChatChunkChoice, ChatCompletion, ChatLogprob, TopLogprob

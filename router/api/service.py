@@ -54,7 +54,8 @@ class Service:
     async def encode(self, text: str, *, add_special_tokens: bool, param: str = "prompt") -> tuple[int, ...]:
         """Token ids of a text. Raises InvalidRequest if it cannot fit the context, long before tokenising it."""
         max_model_len = self.engine.model.max_model_len
-        if len(text) > max_model_len * self._max_token_chars:
+        # A token has at least one character, so short texts never ask for the longest token.
+        if len(text) > max_model_len and len(text) > max_model_len * self._max_token_chars:
             raise InvalidRequest(
                 f"The maximum context length is {max_model_len} tokens; {len(text)} characters cannot fit.",
                 param=param,

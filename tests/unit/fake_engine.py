@@ -75,7 +75,7 @@ def random_tokens(submit: Submit) -> list[int]:
 class FakeEngine:
     """Plays `script(submission)`, one token every `delay` seconds.
 
-    fail: index of the token in whose place Failed(fail_code) comes. gate: tokens wait until it is set.
+    fail: index of the token in whose place Failed(fail_code) comes. gate: tokens from number gate_at wait until it is set.
     submitted: every submission. aborted: request ids that were closed before their end.
     """
 
@@ -87,6 +87,7 @@ class FakeEngine:
     kv_capacity_tokens: int = 1024
     ready: bool = True
     gate: asyncio.Event | None = None
+    gate_at: int = 0
     submitted: list[Submit] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
 
@@ -115,7 +116,7 @@ class FakeEngine:
         try:
             for index, token_id in enumerate(self.script(submit)):
                 await asyncio.sleep(self.delay)
-                if self.gate is not None:
+                if self.gate is not None and index >= self.gate_at:
                     await self.gate.wait()
                 finished = index == self.fail
                 if finished:

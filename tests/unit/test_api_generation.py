@@ -135,6 +135,11 @@ async def test_a_stop_token_has_no_text_but_counts():
     assert answer["usage"]["completion_tokens"] == 4
 
 
+async def test_an_incomplete_character_at_the_end_is_shown_as_such():
+    answer = await post(saying("a☕"), TEXT, {"prompt": "x", "max_tokens": 2})
+    assert answer["choices"][0]["text"] == "a\ufffd"
+
+
 async def test_special_tokens_are_not_shown():
     engine = FakeEngine(script=lambda _: [FIRST_BYTE + 97, EOS, FIRST_BYTE + 98])
     answer = await post(engine, TEXT, {"prompt": "a", "ignore_eos": True, "max_tokens": 3})

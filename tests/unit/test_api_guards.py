@@ -102,6 +102,18 @@ async def test_one_key_does_not_use_up_anothers_share():
         assert [(await task).status_code for task in (first, second)] == [200, 200]
 
 
+async def test_a_sequence_with_a_token_waits_no_longer():
+    engine = FakeEngine(gate=asyncio.Event(), gate_at=1)
+    assert engine.gate is not None
+    async with client(fake_app(engine, max_waiting_requests=1, max_waiting_tokens=1)) as http:
+        first = await held(engine, http, {"prompt": "abc"}, {})
+        await asyncio.sleep(0.02)  # the fake engine's first token takes no time
+        assert (await http.post(TEXT, json={"prompt": "a", "max_tokens": 1})).status_code == 200
+        assert not first.done()
+        engine.gate.set()
+        assert (await first).status_code == 200
+
+
 async def test_a_request_over_the_bounds_runs_when_nobody_waits():
     async with client(fake_app(max_waiting_requests=1, max_waiting_tokens=1)) as http:
         assert (await http.post(TEXT, json={"prompt": "abc", "n": 4})).status_code == 200
@@ -114,7 +126,7 @@ async def test_draining_finishes_what_is_open_and_refuses_the_rest():
     async with client(app) as http:
         first = await held(engine, http, {"prompt": "a"}, {})
         app.state.drain()
-        refused = await http.post(TEXT, json={"prompt": "a"})
+        refused = await asyncio.wait_for(http.post(TEXT, json={"prompt": "a"}), 2)
         ready = await http.get("/ready")
         idle = asyncio.create_task(app.state.wait_idle())
         await asyncio.sleep(0)
