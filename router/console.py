@@ -20,6 +20,8 @@ def progress(title: str) -> Iterator[OnProgress]:
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         console.print(f"{title} ...", markup=False)
+        yield lambda fraction, message: None
+        return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(title, total=1.0)

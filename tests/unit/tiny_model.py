@@ -36,6 +36,7 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 
 def write_tiny_model(folder: Path, **changes: Any) -> Path:
     """Weights from a normal distribution with deviation 0.3; tokens 0..255 are bytes, 256 is the end."""
+    folder.mkdir(exist_ok=True)
     config = CONFIG | changes
     spec = model_spec(config)
     rng = np.random.default_rng(0)
