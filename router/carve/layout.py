@@ -50,6 +50,10 @@ class Layout:
     @classmethod
     def of(cls, options: CarveOptions, intermediate_size: int) -> Layout:
         """The layout of an FFN of `intermediate_size` neurons. Raises ConfigError naming the value that cannot be."""
+        if options.max_tokens < 1:
+            raise ConfigError(
+                f"--max-tokens {options.max_tokens} leaves nothing to calibrate on.", "Choose 512 or more."
+            )
         size = options.expert_size if options.expert_size is not None else _default_size(intermediate_size)
         if size < 1 or intermediate_size % size:
             near = sorted(_divisors(intermediate_size), key=lambda divisor: abs(divisor - size))[:4]
@@ -80,6 +84,6 @@ def _divisors(number: int) -> list[int]:
 
 def _default_size(intermediate_size: int) -> int:
     """The divisor that makes nearest to PREFERRED_GROUPS groups; whole cache lines and vector registers if possible."""
-    divisors = _divisors(intermediate_size)
-    aligned = [divisor for divisor in divisors if divisor % 64 == 0 and intermediate_size // divisor >= 8]
-    return min(aligned or divisors, key=lambda divisor: abs(intermediate_size // divisor - PREFERRED_GROUPS))
+    divisors = [divisor for divisor in _divisors(intermediate_size) if intermediate_size // divisor >= 8]
+    aligned = [divisor for divisor in divisors if divisor % 64 == 0]
+    return min(aligned or divisors or [1], key=lambda divisor: abs(intermediate_size // divisor - PREFERRED_GROUPS))

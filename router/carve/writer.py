@@ -27,8 +27,8 @@ from router.carve.recipe import Recipe
 from router.model.spec import GQASpec, ModelSpec
 from router.model.tensors import trunk_tensors
 
-# Small enough for the weights to stay within a per cent of 1 / top_k, large enough for float32 to order the experts.
-GATE_SCALE = 1e-3
+# Small enough for the weights to stay within half a per cent of 1 / top_k, large enough for float32 to order the experts.
+GATE_SCALE = 3e-4
 SIGMOID_SLOPE = 0.25
 SHARD_BYTES = 4_000_000_000
 GENERATION_CONFIG = "generation_config.json"
