@@ -16,8 +16,8 @@ BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
 
 KERNELS := $(shell find experts/kernels -name '*.cpp' -o -name '*.h' -o -name '*.py')
-CXX_SOURCES := $(shell find experts router cuda -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-PROTOS := $(shell find proto -name '*.proto')
+CXX_SOURCES := $(shell find $(wildcard experts router cuda) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PROTOS := $(and $(wildcard proto),$(shell find proto -name '*.proto'))
 
 .PHONY: setup serve chat test check format proto bench soak clean
 .NOTPARALLEL:
