@@ -40,8 +40,12 @@ PIECES = [
 TEXTS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=6)), max_size=12).map("".join)
 
 
+# Characters that tokenizers' Unicode tables may know and Python's do not yet are numbers to one only.
+ASSIGNED = st.characters(exclude_categories=("Cs", "Cn"))
+
+
 def has_number(text):
-    return any(unicodedata.category(character).startswith("N") for character in text)
+    return any(unicodedata.category(character).startswith(("N", "Cn")) for character in text)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,7 @@ def test_a_gguf_tokenizer_encodes_as_transformers_own_conversion(tokenizer, tran
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(st.one_of(st.characters(), st.sampled_from("0159½Ⅷ٣४ a'\n")), max_size=20))
+@given(st.text(st.one_of(ASSIGNED, st.sampled_from("0159½Ⅷ٣४ a'\n")), max_size=20))
 @example("a ½ 12٣ x  7")
 def test_smollm_cuts_at_every_numeric_character(tokenizer, text):
     pieces = [""]
