@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from barista.errors import Overloaded
+from router.api.errors import engine_failed
 from router.api.settings import ApiSettings
 
 
@@ -51,7 +52,7 @@ class Admission:
         if key and self._open[key] >= self._settings.max_open_per_key:
             raise Overloaded("Too many open requests with this API key.", code="rate_limit", status=429, retry_after=1)
         if self.waiting_requests and self.waiting_requests + num_sequences > self._settings.max_waiting_requests:
-            raise queue_full()
+            raise engine_failed("overloaded")
         return Ticket(self, key, num_sequences)
 
     def _opened(self, key: bytes, num_sequences: int) -> None:
@@ -68,17 +69,12 @@ class Admission:
 
     def _queued(self, num_tokens: int) -> None:
         if self.waiting_tokens and self.waiting_tokens + num_tokens > self._settings.max_waiting_tokens:
-            raise queue_full()
+            raise engine_failed("overloaded")
         self.waiting_tokens += num_tokens
 
     def _left_queue(self, num_sequences: int, num_tokens: int) -> None:
         self.waiting_requests -= num_sequences
         self.waiting_tokens -= num_tokens
-
-
-def queue_full() -> Overloaded:
-    """The answer to a request for which there is no place in the queue."""
-    return Overloaded("The server is busy. Send the request again later.", code="overloaded", retry_after=2)
 
 
 class Ticket:

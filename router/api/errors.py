@@ -7,7 +7,7 @@ The openai client retries every status from 500 up unless `x-should-retry: false
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
-from barista.errors import EngineFailed, InvalidRequest, NotFound, RequestError
+from barista.errors import EngineFailed, InvalidRequest, NotFound, Overloaded, RequestError
 
 MAX_VALIDATION_ERRORS = 10
 MAX_ERROR_CHARS = 200
@@ -39,20 +39,26 @@ class ErrorBody(TypedDict):
     error: ErrorDetail
 
 
-# `Failed.code` of the engine -> status, message, seconds until a retry makes sense (None: it never does).
-ENGINE_FAILURES: Mapping[str, tuple[int, str, int | None]] = {
-    "engine_dead": (503, "The engine stopped while it served this request. Send it again.", 5),
-    "kv_exhausted": (503, "The KV cache is full. Send the request again later.", 2),
-    "nonfinite": (500, "The model computed a value that is not finite for this request.", None),
-    "internal": (500, "The server failed to finish this request.", None),
+# `Failed.code` of the engine -> what the client is told. The engine's own message stays inside.
+ENGINE_FAILURES: Mapping[str, Callable[[], RequestError]] = {
+    "engine_dead": lambda: EngineFailed(
+        "The engine stopped while it served this request. Send it again.", status=503, retry_after=5
+    ),
+    "kv_exhausted": lambda: EngineFailed("The KV cache is full. Send it again later.", status=503, retry_after=2),
+    "overloaded": lambda: Overloaded("The server is busy. Send the request again later.", retry_after=2),
+    "context_length_exceeded": lambda: InvalidRequest("The prompt and its answer do not fit the context."),
+    "invalid_request": lambda: InvalidRequest("The engine refused this request."),
+    "nonfinite": lambda: EngineFailed("The model computed a value that is not finite for this request."),
+    "internal": lambda: EngineFailed("The server failed to finish this request."),
 }
 
 
-def engine_failed(code: str) -> EngineFailed:
-    """The error for a `Failed.code`; an unknown code counts as internal. The engine's own message stays inside."""
+def engine_failed(code: str) -> RequestError:
+    """The error for a `Failed.code`; an unknown code counts as internal."""
     code = code if code in ENGINE_FAILURES else "internal"
-    status, message, retry_after = ENGINE_FAILURES[code]
-    return EngineFailed(message, code=code, status=status, retry_after=retry_after)
+    error = ENGINE_FAILURES[code]()
+    error.code = code
+    return error
 
 
 def error_detail(error: RequestError) -> ErrorDetail:

@@ -110,18 +110,6 @@ class ChatChunkChoice(TypedDict):
     finish_reason: FinishReason | None
 
 
-class ChatCompletionChunk(TypedDict):
-    """One event of a stream. usage: there only if asked for, and null in all chunks but the last."""
-
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChunkChoice]
-    usage: NotRequired[Usage | None]
-
-
 class CompletionLogprobs(TypedDict):
     """Parallel lists, one item per drawn token. text_offset: characters into the choice's text."""
 

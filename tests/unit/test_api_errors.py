@@ -232,7 +232,16 @@ async def test_a_model_without_a_template_serves_completions_only():
 
 @pytest.mark.parametrize(
     ("code", "status"),
-    [("engine_dead", 503), ("kv_exhausted", 503), ("nonfinite", 500), ("internal", 500), ("surprise", 500)],
+    [
+        ("engine_dead", 503),
+        ("kv_exhausted", 503),
+        ("overloaded", 503),
+        ("context_length_exceeded", 400),
+        ("invalid_request", 400),
+        ("nonfinite", 500),
+        ("internal", 500),
+        ("surprise", 500),
+    ],
 )
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_failure_before_the_first_token_is_an_http_error(code: str, status: int, stream: bool):
