@@ -27,7 +27,7 @@ from router.carve.recipe import Recipe
 from router.model.spec import GQASpec, ModelSpec
 from router.model.tensors import trunk_tensors
 
-# Small enough for the weights to stay within half a per cent of 1 / top_k, large enough for float32 to order the experts.
+# Small enough that the weights stay within half a per cent of 1 / top_k, large enough that float32 ranks the experts.
 GATE_SCALE = 3e-4
 SIGMOID_SLOPE = 0.25
 SHARD_BYTES = 4_000_000_000
@@ -121,7 +121,7 @@ def _ffn_tensors(prefix: str, moved: dict[str, torch.Tensor], layout: Layout) ->
     sizes = [layout.shared_size] + [layout.expert_size] * layout.num_experts
     names = ["shared_experts."] + [f"experts.{expert}." for expert in range(layout.num_experts)]
     for part, weight in moved.items():
-        slices = weight.split(sizes, dim=1 if part.startswith("down") else 0)
+        slices = torch.split(weight, sizes, dim=1 if part.startswith("down") else 0)
         yield from ((prefix + name + part, piece.contiguous()) for name, piece in zip(names, slices, strict=True))
 
 

@@ -142,7 +142,7 @@ def test_an_existing_directory_is_only_replaced_by_force(tmp_path, text, source)
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("kept")
-    with pytest.raises(ConfigError, match="exists already.*--force"):
+    with pytest.raises(ConfigError, match=r"exists already.*--force"):
         carve(source, out, options=with_text(EVERY_EXPERT, text), progress=quiet)
     assert (out / "mine").read_text() == "kept"
     carve(source, out, options=with_text(EVERY_EXPERT, text, force=True), progress=quiet)
