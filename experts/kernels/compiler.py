@@ -35,11 +35,16 @@ class NoCompiler(BaristaError):
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One instruction set. cpu_flags: what /proc/cpuinfo must list. flags: what the compiler is given."""
+    """One instruction set.
+
+    cpu_flags: what /proc/cpuinfo must list. flags: what GCC or Clang is given. zig_cpu: what zig is given instead; it
+    would compile for the processor that it runs on, and its AVX-512 needs more than the flags say.
+    """
 
     name: str
     cpu_flags: frozenset[str]
     flags: tuple[str, ...]
+    zig_cpu: str
 
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
@@ -47,12 +52,14 @@ _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx
 _AVX2_CPU = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2"})
 _AVX512_CPU = _AVX2_CPU | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
 
+_ZIG = (sys.executable, "-m", "ziglang", "c++")
+
 # Best first.
 VARIANTS = (
-    Variant("avx512bf16", _AVX512_CPU | {"avx512_bf16"}, (*_AVX512, "-mavx512bf16")),
-    Variant("avx512", _AVX512_CPU, _AVX512),
-    Variant("avx2", _AVX2_CPU, _AVX2),
-    Variant("portable", frozenset(), ()),
+    Variant("avx512bf16", _AVX512_CPU | {"avx512_bf16"}, (*_AVX512, "-mavx512bf16"), "x86_64_v4+avx512bf16"),
+    Variant("avx512", _AVX512_CPU, _AVX512, "x86_64_v4"),
+    Variant("avx2", _AVX2_CPU, _AVX2, "x86_64_v3"),
+    Variant("portable", frozenset(), (), "baseline"),
 )
 
 
@@ -90,8 +97,7 @@ def find_compiler() -> tuple[str, ...]:
         if command and (found := shutil.which(command[0])):
             return (found, *command[1:])
     if importlib.util.find_spec("ziglang"):
-        # Unless told otherwise zig compiles for the processor that it runs on.
-        return (sys.executable, "-m", "ziglang", "c++", "-mcpu=baseline")
+        return _ZIG
     raise NoCompiler(
         "no C++ compiler was found ($CXX, c++, g++, clang++, the Python package ziglang).",
         "Install one: `apt install g++`, or `pip install ziglang`.",
@@ -128,7 +134,9 @@ def build(variant: Variant) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             unfinished = Path(folder) / target.name
-            _compile((*find_compiler(), *_FLAGS, *variant.flags), unfinished)
+            compiler = find_compiler()
+            flags = (f"-mcpu={variant.zig_cpu}",) if compiler == _ZIG else variant.flags
+            _compile((*compiler, *_FLAGS, *flags), unfinished)
             unfinished.replace(target)
     except OSError as error:
         raise CacheError(

@@ -60,7 +60,6 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertTable) -> tuple[Tensor, Tensor]:
     """See experts.kernels.moe."""
     total = torch.zeros(hidden_states.shape, dtype=torch.float32)
-    finite = torch.ones(hidden_states.shape[0], dtype=torch.bool)
     for place in range(topk_ids.shape[1]):
         for expert in set(topk_ids[:, place].tolist()):
             if expert == -1:
@@ -69,10 +68,9 @@ def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: 
             tokens = (topk_ids[:, place] == expert).nonzero()[:, 0]
             x = hidden_states[tokens]
             rows = linear(silu_mul(linear(x, gate), linear(x, up)), down).float()
-            finite[tokens] &= rows.isfinite().all(-1)
             total[tokens] += rows * topk_weights[tokens, place, None]
     result = total.to(hidden_states.dtype)
-    failed = ~(finite & result.isfinite().all(-1))
+    failed = ~result.isfinite().all(-1)
     return result.masked_fill_(failed[:, None], 0), failed
 
 

@@ -14,7 +14,6 @@ namespace bk {
 namespace {
 
 constexpr int64_t kChunk = 32;
-constexpr int64_t kRowsPerTask = 8 * kPanelRows;
 constexpr int kValueVectors = 4;  // vectors of the value dimension that are summed at once
 
 // y[r] = y[r] * scale[r] + sum over j of p[r][j] * value[j], for `vectors` vectors, j ascending.
@@ -231,11 +230,26 @@ extern "C" void bk_attention(const void* q, const void* keys, int64_t key_block_
     const bk::HeadGroup* tasks = buffer.get<bk::HeadGroup>(0);
     bk::dispatch(dtype, [&](auto t) {
         using T = decltype(t);
-        const bk::Attention<T> attention{static_cast<const T*>(q), static_cast<const T*>(keys), key_block_stride,
-                                         key_slot_stride, key_head_stride, static_cast<const T*>(values),
-                                         value_block_stride, value_slot_stride, value_head_stride, block_tables,
-                                         max_blocks, seq_ids, positions, scale, static_cast<T*>(y), query_heads,
-                                         kv_heads, key_dim, value_dim, block_size};
+        const bk::Attention<T> attention{static_cast<const T*>(q),
+                                         static_cast<const T*>(keys),
+                                         key_block_stride,
+                                         key_slot_stride,
+                                         key_head_stride,
+                                         static_cast<const T*>(values),
+                                         value_block_stride,
+                                         value_slot_stride,
+                                         value_head_stride,
+                                         block_tables,
+                                         max_blocks,
+                                         seq_ids,
+                                         positions,
+                                         scale,
+                                         static_cast<T*>(y),
+                                         query_heads,
+                                         kv_heads,
+                                         key_dim,
+                                         value_dim,
+                                         block_size};
         // The last tokens of a prompt see most; starting with them leaves the threads little to wait for.
         bk::parallel_for(num_tasks, [&](int64_t i) { attention.run(tasks[num_tasks - 1 - i]); });
     });

@@ -43,8 +43,7 @@ template <class T>
 void dot_panel(const typename Dot<T>::Packed* const* x, int64_t num_rows, const T* const* w, int64_t num_w, int64_t k,
                float* out, int64_t out_stride) {
     with_panel_rows(num_rows, [&](auto rows) {
-        for (int64_t j = 0; j < num_w; j += kQuad)
-            dot_quad<T, decltype(rows)::value>(x, w + j, k, out + j, out_stride);
+        for (int64_t j = 0; j < num_w; j += kQuad) dot_quad<T, decltype(rows)::value>(x, w + j, k, out + j, out_stride);
     });
 }
 

@@ -60,7 +60,9 @@ struct Dot<bf16> {
 
     static BK_INLINE Weights split(u32v words) { return {(f32v)(words << 16), (f32v)(words & 0xffff0000u)}; }
     static BK_INLINE Weights weights(const bf16* w) { return split(load_raw<u32v>(w)); }
-    static BK_INLINE Weights weights_partial(const bf16* w, int64_t n) { return split(load_raw_partial<u32v>(w, n * 2)); }
+    static BK_INLINE Weights weights_partial(const bf16* w, int64_t n) {
+        return split(load_raw_partial<u32v>(w, n * 2));
+    }
     static BK_INLINE void add(f32v& acc, const float* x, const Weights& w) {
         acc = fma(load_raw<f32v>(x), w.even, acc);
         acc = fma(load_raw<f32v>(x + kLanes), w.odd, acc);
@@ -102,8 +104,9 @@ void dot_panel(const typename Dot<T>::Packed* const* x, int64_t num_rows, const 
 
 // ---- how work is cut
 
-constexpr int64_t kTile = 64;                   // weight rows in one task, at most
-constexpr int64_t kTileBytes = 384 * 1024;      // what a tile of weights may take of the second-level cache
+constexpr int64_t kTile = 64;                     // weight rows in one task, at most
+constexpr int64_t kTileBytes = 384 * 1024;        // what a tile of weights may take of the second-level cache
+constexpr int64_t kRowsPerTask = 8 * kPanelRows;  // rows of one expert or of one sequence in one task, at most
 
 BK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 BK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

@@ -1,7 +1,7 @@
 // One layer of routed experts: down(silu(gate(x)) * up(x)) per (token, chosen expert), then the weighted sum per token.
 //
-// A "pair" is one (token, place in its top-k). Pairs are sorted by expert, so that an expert's weights are read once for
-// all of its rows. Three rounds of tasks: gate and up, down, combine.
+// A "pair" is one (token, place in its top-k). Pairs are sorted by expert, so that an expert's weights are read once
+// for all of its rows. Three rounds of tasks: gate and up, down, combine.
 
 #include <limits>
 
@@ -12,8 +12,6 @@
 
 namespace bk {
 namespace {
-
-constexpr int64_t kRowsPerTask = 8 * kPanelRows;
 
 // The rows [begin, end) of the sorted pairs, all of one expert.
 struct Group {
@@ -45,7 +43,8 @@ Pairs group_by_expert(const int32_t* topk_ids, int64_t num_pairs, int64_t num_ex
     pairs.groups = groups_buffer.get<Group>(num_experts + pairs.count / kRowsPerTask + 1);
     for (int64_t e = 0; e < num_experts; ++e)
         for (int64_t at = start[e]; at < start[e + 1]; at += kRowsPerTask)
-            pairs.groups[pairs.num_groups++] = {e, at, at + kRowsPerTask < start[e + 1] ? at + kRowsPerTask : start[e + 1]};
+            pairs.groups[pairs.num_groups++] = {e, at,
+                                                at + kRowsPerTask < start[e + 1] ? at + kRowsPerTask : start[e + 1]};
     return pairs;
 }
 
@@ -104,22 +103,19 @@ struct Layer {
         });
     }
 
-    // The token's expert rows, weighted and added in float32 in top-k order, rounded once. Returns whether it failed:
-    // an expert's row or the sum is not finite; then the result is zeros.
+    // The token's expert rows, weighted and added in float32 in top-k order, rounded once. Returns whether the sum is
+    // not finite, which it is not if any of the rows is not; then the result is zeros.
     bool combine(const int32_t* ids, const float* weights, const T* token_rows, T* y) const {
         u32v finite = ~u32v{};
         const f32v limit = splat(std::numeric_limits<float>::max());
-        auto check = [&](f32v v) { finite &= (u32v)(v <= limit) & (u32v)(v >= -limit); };
         for (int64_t i = 0; i < hidden; i += kLanes) {
             f32v total = {};
             for (int64_t place = 0; place < topk; ++place) {
                 if (ids[place] < 0) continue;
-                const f32v row = load(token_rows + place * hidden + i, hidden - i);
-                check(row);
-                total = total + row * weights[place];
+                total = total + load(token_rows + place * hidden + i, hidden - i) * weights[place];
             }
             total = rounded_to<T>(total);
-            check(total);
+            finite &= (u32v)(total <= limit) & (u32v)(total >= -limit);
             store(y + i, total, hidden - i);
         }
         bool failed = false;
@@ -193,10 +189,10 @@ extern "C" int32_t bk_moe(const void* x, int64_t x_stride, const int32_t* topk_i
     int32_t status = 0;
     bk::dispatch(dtype, [&](auto t) {
         using T = decltype(t);
-        status = bk::moe(static_cast<const T*>(x), x_stride, topk_ids, topk_weights,
-                         reinterpret_cast<const T* const*>(gate), reinterpret_cast<const T* const*>(up),
-                         reinterpret_cast<const T* const*>(down), static_cast<T*>(y), failed, n, topk, num_experts,
-                         hidden, intermediate);
+        status =
+            bk::moe(static_cast<const T*>(x), x_stride, topk_ids, topk_weights, reinterpret_cast<const T* const*>(gate),
+                    reinterpret_cast<const T* const*>(up), reinterpret_cast<const T* const*>(down), static_cast<T*>(y),
+                    failed, n, topk, num_experts, hidden, intermediate);
     });
     return status;
 }

@@ -110,7 +110,6 @@ BK_INLINE f32v rounded_to<bf16>(f32v v) {
 
 // ---- sums across lanes: lane i with lane i + half, until four are left; then (0 + 2) + (1 + 3)
 
-
 BK_INLINE f32x4 fold_to_four(f32v v) {
 #if defined(__AVX512F__)
     auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
