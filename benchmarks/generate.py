@@ -1,6 +1,6 @@
 """Barista beside transformers' generate on one checkpoint, in one run.
 
-    python -m benchmarks.generate MODEL_DIR [--sequences 1,16] [--prompt 32] [--tokens 64] [--rounds 3] [--json]
+    python -m benchmarks.generate [MODEL] [--sequences 1,16] [--prompt 32] [--tokens 64] [--rounds 3] [--json]
 
 Both read the checkpoint in the same dtype on the same threads and decode greedily; a figure is generated tokens divided
 by the wall time of the whole call, prompt included. transformers runs its fastest experts implementation, chosen by
@@ -29,6 +29,7 @@ from router.engine_process import EngineProcess
 from router.messages import EngineConfig, Failed, SamplingParams
 from router.model.families import model_spec
 from router.model.tensors import count_parameters
+from router.models import BUILT_IN, prepare_built_in, resolve
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
@@ -36,7 +37,7 @@ IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", nargs="?", default=BUILT_IN)
     parser.add_argument("--sequences", default="1,16")
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
@@ -51,13 +52,14 @@ def main() -> None:
 async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row for each number of sequences."""
     threads = usable_cores()
+    path = resolve(args.model) if args.model != BUILT_IN else prepare_built_in(lambda fraction, message: None)
     torch.set_num_threads(threads)
-    engine = EngineProcess(EngineConfig(path=str(args.model), threads=threads))
+    engine = EngineProcess(EngineConfig(path=str(path), threads=threads))
     await engine.start()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, engine.model.dtype))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, engine.model.dtype))
     theirs.eval()
     bandwidth = read_bandwidth()
-    limit = bandwidth / active_bytes(args.model, engine.model.dtype)
+    limit = bandwidth / active_bytes(path, engine.model.dtype)
     rows = []
     for num_sequences in map(int, args.sequences.split(",")):
         prompts = random_prompts(num_sequences, args.prompt, engine.model.vocab_size)

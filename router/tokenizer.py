@@ -79,7 +79,8 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"The text has a lone surrogate at character {error.start}.") from error
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # A batch of one, because only batches release the GIL: a long text would hold up every stream otherwise.
+        return self._backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of these tokens; bytes that are not UTF-8 become U+FFFD."""
