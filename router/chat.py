@@ -17,7 +17,10 @@ DONE = "[DONE]"
 
 
 class ChatClient:
-    """One server's chat endpoint. url: with or without /v1. sampling: fields of the request that are not None."""
+    """One server's chat endpoint; a context manager, which closes its connections.
+
+    url: with or without /v1. sampling: fields of the request, those that are None left out.
+    """
 
     def __init__(self, url: str, api_key: str | None = None, **sampling: object) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
@@ -26,6 +29,12 @@ class ChatClient:
         # Not the environment's proxies: they would stand between a terminal and a server on loopback.
         timeout = httpx.Timeout(CONNECT_SECONDS, read=None)
         self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
+
+    def __enter__(self) -> ChatClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
 
     def model(self) -> str:
         """The id of the model that the server serves. Raises BaristaError."""
@@ -47,7 +56,8 @@ class ChatClient:
             for data in _events(response):
                 if data == DONE:
                     return
-                yield _content(json.loads(data))
+                if content := _content(json.loads(data)):
+                    yield content
         raise BaristaError("The answer broke off.", "Is the server still running?")
 
 
@@ -118,7 +128,7 @@ class Conversation:
                     pieces.append(piece)
                     yield piece
         finally:
-            if any(pieces):
+            if pieces:
                 self.turns.append({"role": "assistant", "content": "".join(pieces)})
             else:
                 self.turns.pop()

@@ -40,7 +40,7 @@ def command(
 
     with contextlib.ExitStack() as stack:
         address = url or stack.enter_context(background_server(model or ServeConfig.model))
-        client = ChatClient(address, api_key, temperature=temperature, max_tokens=max_tokens)
+        client = stack.enter_context(ChatClient(address, api_key, temperature=temperature, max_tokens=max_tokens))
         name = client.model()
         conversation = Conversation(system=system)
         if sys.stdin.isatty():
