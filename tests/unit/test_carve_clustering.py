@@ -83,3 +83,17 @@ def test_every_neuron_keeps_exactly_one_place():
     assert torch.equal(recipe.permutation.sort().values, torch.arange(96))
     assert 0 < lost < 0.3
     assert recipe.gate_weight.shape == (10, 32)
+
+
+def test_the_gate_predicts_each_experts_log_energy_without_bias():
+    torch.manual_seed(1)
+    ffn = DenseFFN(torch.randn(96, 32), torch.randn(96, 32), torch.randn(32, 96) * torch.rand(96) ** 2)
+    layout = Layout(expert_size=8, num_shared=2, num_experts=10, top_k=7)
+    x = torch.randn(500, 32)
+    recipe, _ = carve_layer(x, ffn, layout)
+    energy = (ffn.activations(x) * ffn.down.norm(dim=0)).square()[:, recipe.permutation]
+    log_energy = energy.view(500, 12, 8).sum(2)[:, 2:].log()
+    relative = log_energy - log_energy.mean(1, keepdim=True)
+    predicted = x @ recipe.gate_weight.T + recipe.gate_bias
+    assert relative.mean(0).std() > 0.1, "experts that differ on average"
+    torch.testing.assert_close(predicted.mean(0), relative.mean(0), atol=0.01, rtol=0)
