@@ -82,7 +82,7 @@ def runnable_variants() -> tuple[Variant, ...]:
 def source_digest() -> str:
     """Hexadecimal digest of the kernels' sources and common flags."""
     digest = hashlib.sha256(repr(_FLAGS).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(SOURCES.glob("*.[ch]*")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

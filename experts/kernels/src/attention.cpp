@@ -16,7 +16,8 @@ namespace {
 constexpr int64_t kChunk = 32;
 constexpr int kValueVectors = 4;  // vectors of the value dimension that are summed at once
 
-// y[r] = y[r] * scale[r] + sum over j of p[r][j] * value[j], for `vectors` vectors, j ascending.
+// sums[r] = sums[r] * scale[r] + probabilities[r][j] * values[j] for each j in ascending order, in kValueVectors vectors
+// from element `first` of the value dimension.
 template <class T, int Rows>
 BK_INLINE void add_values(const float* probabilities, const float* scale, const T* const* values, int64_t count,
                           int64_t first, int64_t dim, float* sums, int64_t sums_stride) {
