@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "src"
 
 # No -ffast-math and no contraction: the order and the rounding of every sum are those of the source (src/simd.h).
-_FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w")
+_FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-pthread", "-w")
 
 
 class NoCompiler(BaristaError):
@@ -134,9 +135,7 @@ def build(variant: Variant) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             unfinished = Path(folder) / target.name
-            compiler = find_compiler()
-            flags = (f"-mcpu={variant.zig_cpu}",) if compiler == _ZIG else variant.flags
-            _compile((*compiler, *_FLAGS, *flags), unfinished)
+            _compile(find_compiler(), variant, unfinished)
             unfinished.replace(target)
     except OSError as error:
         raise CacheError(
@@ -146,11 +145,26 @@ def build(variant: Variant) -> Path:
     return target
 
 
-def _compile(command: tuple[str, ...], output: Path) -> None:
-    sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
-    done = subprocess.run([*command, *sources, "-o", str(output)], capture_output=True, text=True, check=False)
+def _compile(compiler: tuple[str, ...], variant: Variant, output: Path) -> None:
+    flags, link_flags = variant.flags, variant.flags
+    if compiler == _ZIG:
+        # zig builds its own C++ library for each processor that it links for; one of them is enough.
+        flags, link_flags = (f"-mcpu={variant.zig_cpu}",), ("-mcpu=baseline",)
+
+    def compile_one(source: Path) -> str:
+        target = str(output.with_suffix(f".{source.stem}.o"))
+        _run((*compiler, *_FLAGS, *flags, "-c", str(source), "-o", target))
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, sorted(SOURCES.glob("*.cpp"))))
+    _run((*compiler, "-shared", "-fPIC", "-pthread", *link_flags, *objects, "-o", str(output)))
+
+
+def _run(command: tuple[str, ...]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise BaristaError(
-            f"the CPU kernels do not compile with `{shlex.join(command)}`:\n{done.stderr[:2000]}",
+            f"the CPU kernels cannot be built, `{shlex.join(command)}` failed:\n{done.stderr[:2000]}",
             "Name a C++17 compiler in CXX (GCC 12 or Clang 15 and later work).",
         )
