@@ -48,7 +48,7 @@ def test_no_file_holds_more_than_one_idea(file: Path) -> None:
 @pytest.mark.parametrize(
     "module",
     ["barista.config", "barista.cache", "barista.metrics", "router.api.app", "router.tokenizer", "router.engine_client",
-     "router.launch", "router.inspect", "router.models", "router.cli", "experts.checkpoint"],
+     "router.launch", "router.assemble", "router.inspect", "router.models", "router.cli", "experts.checkpoint"],
 )  # fmt: skip
 def test_only_the_engine_imports_torch(module: str) -> None:
     code = f"import {module}, sys; print([name for name in ('torch', 'transformers', 'ray') if name in sys.modules])"

@@ -1,0 +1,81 @@
+"""The parts of a server put together: engine, tokenizer, chat template, API. Imports no torch, but all of the API."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from barista.config import ServeConfig
+from router.announce import Announcement
+from router.api.app import create_app
+from router.api.settings import ApiSettings
+from router.chat_template import ChatTemplate
+from router.engine_process import EngineProcess
+from router.messages import EngineConfig
+from router.models import BUILT_IN
+from router.server import Server
+from router.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def assemble(config: ServeConfig, path: Path, api_keys: tuple[bytes, ...], url: str) -> tuple[Server, Announcement]:
+    """A server of the model at `path` that is not running yet, and what to print once it is ready.
+
+    api_keys: sha256 of each. url: where it will be reached. Raises CheckpointError for the tokenizer or chat template.
+    """
+    tokenizer = Tokenizer.from_checkpoint(path)
+    chat_template = chat_template_of(tokenizer)
+    engine = EngineProcess(engine_config(config, path, tokenizer.eos_token_ids))
+    app = create_app(engine, tokenizer, chat_template, api_settings(config, api_keys))
+    announcement = Announcement(
+        url=url,
+        model_id=model_id(config),
+        path=path,
+        threads=config.threads,
+        has_chat=chat_template is not None,
+        needs_key=bool(api_keys),
+    )
+    return Server(app, engine, drain_timeout=config.drain_timeout), announcement
+
+
+def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The model's own chat template. Without one the server says so and answers completions only."""
+    if tokenizer.chat_template is None:
+        log.warning("The model has no chat template: /v1/completions works, /v1/chat/completions does not.")
+        return None
+    return ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
+
+
+def api_settings(config: ServeConfig, api_keys: tuple[bytes, ...]) -> ApiSettings:
+    """The part of the configuration that the API needs."""
+    return ApiSettings(
+        model_id=model_id(config),
+        api_keys=api_keys,
+        max_waiting_requests=config.max_waiting_requests,
+        max_waiting_tokens=config.max_waiting_tokens,
+    )
+
+
+def model_id(config: ServeConfig) -> str:
+    """The id that clients see: as configured, or the model's name, or the last part of its path."""
+    if config.served_model_id is not None:
+        return config.served_model_id
+    path = Path(config.model).expanduser()
+    return path.absolute().name if path.exists() and config.model != BUILT_IN else config.model
+
+
+def engine_config(config: ServeConfig, path: Path, eos_token_ids: tuple[int, ...]) -> EngineConfig:
+    """The part of the configuration that the engine needs."""
+    return EngineConfig(
+        path=str(path),
+        eos_token_ids=eos_token_ids,
+        format=config.format,
+        threads=config.threads,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        kv_cache_tokens=config.kv_cache_tokens,
+        kv_cache_bytes=config.kv_cache_bytes,
+        block_size=config.block_size,
+    )
