@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,7 @@ def make(final: str) -> None:
     with new_directory(Path(final), 0) as folder:
         if folder is not None:
             (folder / str(os.getpid())).touch()
+            time.sleep(0.5)  # so that the others come meanwhile
 
 
 def test_of_several_processes_one_makes_the_directory(tmp_path: Path) -> None:
