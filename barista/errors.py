@@ -1,14 +1,14 @@
 """What can go wrong, as one tree.
 
-    BaristaError                  message + remedy; the CLI prints it and exits 1
-    |-- ConfigError               a flag, an environment variable or a key of the TOML file
-    |-- CheckpointError           a model's files: missing, truncated, lying, unknown architecture
-    |-- CacheError                the cache folder: no space, not writable
-    `-- RequestError              one request; carries the HTTP status and OpenAI's error type and code
-        |-- InvalidRequest        400: the client must change the request
-        |-- NotFound              404: an unknown model
-        |-- Overloaded            429 or 503 with Retry-After: the same request may succeed later
-        `-- EngineFailed          500 or 503: ours, not the client's
+BaristaError                  message + remedy; the CLI prints it and exits 1
+|-- ConfigError               a flag, an environment variable or a key of the TOML file
+|-- CheckpointError           a model's files: missing, truncated, lying, unknown architecture
+|-- CacheError                the cache folder: no space, not writable
+`-- RequestError              one request; carries the HTTP status and OpenAI's error type and code
+    |-- InvalidRequest        400: the client must change the request
+    |-- NotFound              404: an unknown model
+    |-- Overloaded            429 or 503 with Retry-After: the same request may succeed later
+    `-- EngineFailed          500 or 503: ours, not the client's
 """
 
 from __future__ import annotations

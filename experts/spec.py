@@ -1,8 +1,35 @@
-"""What one expert computes, as a value. Torch-free, so that headers can be inspected without loading anything."""
+"""What a gate and an expert compute, as values. Torch-free, so that headers can be inspected without weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateSpec:
+    """How a gate picks and weights each token's top-k experts.
+
+    score: of the logits. float32_logits: the gate's matrix product runs in float32 instead of the model's dtype.
+    select_bias: a float32 bias added to the scores for the choice only (e_score_correction_bias).
+    num_groups, topk_groups: experts outside the best groups count as masked_value; a group's score is its best
+    expert (max) or the sum of its best two (top2sum). normalise: weights are divided by (their sum + norm_eps);
+    scale multiplies them last. float32_weights: weights stay float32 instead of the model's dtype.
+    """
+
+    num_experts: int
+    top_k: int
+    score: Literal["softmax", "sigmoid"]
+    float32_logits: bool
+    float32_weights: bool
+    select_bias: bool = False
+    num_groups: int = 1
+    topk_groups: int = 1
+    group_score: Literal["max", "top2sum"] = "max"
+    masked_value: float = float("-inf")
+    normalise: bool = False
+    norm_eps: float = 0.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,5 +57,6 @@ class FFNSpec:
         wide, tall = (self.intermediate_size, self.hidden_size), (self.hidden_size, self.intermediate_size)
         names = (self.gate_name, self.up_name, self.down_name)
         return {
-            name.format(layer=layer, expert=expert): shape for name, shape in zip(names, (wide, wide, tall), strict=True)
+            name.format(layer=layer, expert=expert): shape
+            for name, shape in zip(names, (wide, wide, tall), strict=True)
         }

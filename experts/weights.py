@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import sys
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import gguf
@@ -13,9 +12,9 @@ import torch
 
 from barista.errors import CheckpointError
 from experts.checkpoint import Checkpoint, TensorInfo
+from experts.checkpoint.names import SCALE_SUFFIX
 
 FP8_BLOCK = 128
-SCALE_SUFFIX = "_scale_inv"
 
 _TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -130,38 +129,3 @@ def _deinterleave_rows(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Undo llama.cpp's converter: within each head, rows (0, half, 1, half + 1, ...) return to (0, 1, 2, ...)."""
     per_head = tensor.reshape(num_heads, tensor.shape[0] // num_heads // 2, 2, *tensor.shape[1:])
     return per_head.swapaxes(1, 2).reshape(tensor.shape)
-
-
-def check_names(expected: Mapping[str, tuple[int, ...]], checkpoint: Checkpoint, ignore: Callable[[str], bool]) -> None:
-    """Compare a checkpoint's tensors with those that its model needs, before any is read.
-
-    expected: name -> shape. ignore: true for stored names that the model does not need. The scales of an FP8 weight
-    come with it. Raises CheckpointError naming missing, unexpected and misshapen tensors.
-    """
-    stored = checkpoint.tensors
-    missing = [name for name in expected if name not in stored]
-    misshapen = [
-        f"{name} {list(stored[name].shape)} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in stored and stored[name].shape != shape
-    ]
-    unexpected = [
-        name
-        for name in stored
-        if name not in expected and name.removesuffix(SCALE_SUFFIX) not in expected and not ignore(name)
-    ]
-    problems = [
-        f"{len(names)} {kind} ({_first(names)})"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{checkpoint.path}: tensors do not match config.json: {'; '.join(problems)}.",
-            "Is the download complete and of one model? Try: barista pull NAME",
-        )
-
-
-def _first(names: Iterable[str], count: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

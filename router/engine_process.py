@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import subprocess
 import sys
@@ -124,15 +123,15 @@ class EngineProcess:
         return await answer
 
     async def close(self) -> None:
-        """End the engine; kill it if it does not go by itself."""
+        """End the engine; kill it if it does not go by itself. Every open request gets its Failed event."""
         if self._writer is not None:
             self._writer.close()
         if self._router is not None:
-            self._router.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._router
+            await self._router
         if self._process is None:
             return
+        if not self.ready:
+            self._process.kill()  # it may be deep in loading and hear nothing
         try:
             await asyncio.to_thread(self._process.wait, CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -147,7 +146,8 @@ class EngineProcess:
         while (payload := await read_frame_async(reader)) is not None:
             event = decode_event(payload)
             if isinstance(event, StepEvents):
-                for item in (*event.tokens, *event.failed):
+                items: tuple[Token | Failed, ...] = (*event.tokens, *event.failed)
+                for item in items:
                     if (queue := self._open.get(item.request_id)) is not None:
                         queue.put_nowait(item)
             elif isinstance(event, Stats):

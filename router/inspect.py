@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from barista.errors import CheckpointError
 from experts.checkpoint import Checkpoint
+from experts.checkpoint.names import SCALE_SUFFIX, check_names
+from experts.formats import held_dtype, main_dtype
 from router.model.families import model_spec
 from router.model.spec import ModelSpec, MoESpec
-from router.model.tensors import count_parameters, expert_tensors, trunk_tensors
+from router.model.tensors import count_parameters, expert_tensors, ignored_tensors, trunk_tensors
 
 EMBEDDING = "model.embed_tokens.weight"
-SCALE_SUFFIX = "_scale_inv"
-# As the engine's --format auto decides; every other stored dtype is served in float32.
-SERVED_AS_BF16 = ("BF16", "F8_E4M3")
 # Whether a model fits is asked for one conversation of this length, in tokens, or the model's own limit if shorter.
 CONVERSATION = 4096
 
@@ -51,19 +48,19 @@ class Inspection:
 def inspect_checkpoint(checkpoint: Checkpoint, memory_available: int) -> Inspection:
     """The figures of a checkpoint on a machine with this many free bytes.
 
-    Raises CheckpointError: an unknown architecture, or a tensor that it needs is missing.
+    Raises CheckpointError: an unknown architecture, or a missing, unexpected or misshapen tensor.
     """
     spec = model_spec(checkpoint.config)
+    check_names(trunk_tensors(spec) | expert_tensors(spec), checkpoint, ignored_tensors(spec))
     moe_layers = [layer for layer in spec.layers if isinstance(layer, MoESpec)]
     parameters, active_parameters = count_parameters(spec)
     trunk, experts = stored_bytes(checkpoint, trunk_tensors(spec)), stored_bytes(checkpoint, expert_tensors(spec))
-    dtype = main_dtype(checkpoint)
-    bytes_per_value = 2 if dtype in SERVED_AS_BF16 else 4
+    bytes_per_value = 2 if held_dtype(checkpoint) == "bfloat16" else 4
     kv_bytes = spec.kv_values_per_token * bytes_per_value
     memory = parameters * bytes_per_value + kv_bytes * min(CONVERSATION, spec.max_position)
     return Inspection(
         family=spec.family,
-        dtype=dtype,
+        dtype=main_dtype(checkpoint),
         num_layers=spec.num_layers,
         num_moe_layers=len(moe_layers),
         num_experts=spec.num_experts,
@@ -85,19 +82,9 @@ def stored_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     """Bytes of these tensors in the files, with the block scales of the quantised ones."""
     total = 0
     for name in names:
-        if name not in checkpoint.tensors:
-            raise CheckpointError(f"{checkpoint.path}: tensor {name} is missing.", "Is the download complete?")
         scales = checkpoint.tensors.get(name + SCALE_SUFFIX)
         total += checkpoint.tensors[name].nbytes + (scales.nbytes if scales else 0)
     return total
-
-
-def main_dtype(checkpoint: Checkpoint) -> str:
-    """The stored dtype that holds the most bytes."""
-    held: Counter[str] = Counter()
-    for info in checkpoint.tensors.values():
-        held[info.dtype] += info.nbytes
-    return held.most_common(1)[0][0] if held else "none"
 
 
 def _active_trunk_bytes(checkpoint: Checkpoint, spec: ModelSpec, trunk: int) -> int:

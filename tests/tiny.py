@@ -56,6 +56,7 @@ LLAMA3: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+PARTIAL: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 MOE: dict[str, Any] = {"num_experts_per_tok": 3, "moe_intermediate_size": 40}
 QWEN_MOE: dict[str, Any] = MOE | {"num_experts": 10, "norm_topk_prob": True, "head_dim": 24}
 GLM: dict[str, Any] = MOE | {"n_routed_experts": 10, "head_dim": 16, "first_k_dense_replace": 1, "attention_bias": True}
@@ -72,7 +73,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV2",
         MLA | {"q_lora_rank": 48, "topk_method": "group_limited_greedy", "routed_scaling_factor": 4.0},
     ),
-    "glm4_moe": ("Glm4Moe", GLM | {"use_qk_norm": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "glm4_moe": ("Glm4Moe", GLM | {"use_qk_norm": True, "rope_parameters": PARTIAL}),
     "glm4_moe_plain": ("Glm4Moe", GLM | {"n_shared_experts": 2, "attention_bias": False, "tie_word_embeddings": True}),
     "qwen3_moe": ("Qwen3Moe", QWEN_MOE),
     "qwen3_moe_sparse": ("Qwen3Moe", QWEN_MOE | {"decoder_sparse_step": 2, "norm_topk_prob": False}),
@@ -83,7 +84,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_bias": ("Llama", {"attention_bias": True}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 24}),
-}  # fmt: skip
+}
 
 
 def make(family: str, directory: Path, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from experts.kernels.expert_table import ExpertTable
 from experts.kernels.library import load, numerics_id, set_num_threads
-from experts.kernels.ops import attention, linear, moe, rms_norm, rope, silu_mul, store_kv
+from experts.kernels.ops import attention, gate, linear, moe, rms_norm, rope, silu_mul, store_kv
 
 __all__ = [
     "ExpertTable",
     "attention",
+    "gate",
     "linear",
     "load",
     "moe",

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from barista.cache import cache_root
 from barista.errors import BaristaError, CacheError
 
 logger = logging.getLogger(__name__)
@@ -105,11 +106,6 @@ def find_compiler() -> tuple[str, ...]:
     )
 
 
-def cache_root() -> Path:
-    """$BARISTA_CACHE, or ~/.cache/barista."""
-    return Path(os.environ.get("BARISTA_CACHE") or Path.home() / ".cache" / "barista")
-
-
 @functools.cache
 def _compiler_version(compiler: tuple[str, ...]) -> bytes:
     return subprocess.run([*compiler, "--version"], capture_output=True, check=False).stdout
@@ -118,7 +114,8 @@ def _compiler_version(compiler: tuple[str, ...]) -> bytes:
 def library_path(variant: Variant) -> Path:
     """Where this variant's library is, or will be when it has been built. Raises NoCompiler."""
     compiler = find_compiler()
-    identity = repr((source_digest(), VARIANTS, compiler, platform.machine())).encode() + _compiler_version(compiler)
+    flags = [(known.name, known.flags) for known in VARIANTS]
+    identity = repr((source_digest(), flags, compiler, platform.machine())).encode() + _compiler_version(compiler)
     return cache_root() / "kernels" / hashlib.sha256(identity).hexdigest()[:16] / f"{variant.name}.so"
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
+from typing import Any
 
 from barista.errors import BaristaError
 from experts.kernels import compiler
+from experts.spec import GateSpec
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +24,49 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "bk_silu_mul": ([_P, _L, _P, _L, _P, _L, _L, _I], None),
     "bk_rope": ([_P, _L, _L, _P, _P, _L, _L, _L, _I, _I], None),
     "bk_store_kv": ([_P, _L, _L, _L, _P, _L, _P, _L, _L], None),
+    "bk_gate": ([_P, _P, _P, _P, _P, _L], None),
     "bk_moe": ([_P, _L, _P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _I], _I),
     "bk_attention": (
         [_P, _P, _L, _L, _L, _P, _L, _L, _L, _P, _L, _P, _P, _F, _P, _L, _L, _L, _L, _L, _L, _I],
         None,
     ),
 }
+
+
+class _GateSpec(ctypes.Structure):
+    """bk_gate_spec of src/barista_kernels.h."""
+
+    _fields_ = (
+        ("num_experts", _L),
+        ("top_k", _L),
+        ("num_groups", _L),
+        ("topk_groups", _L),
+        ("sigmoid", _I),
+        ("top2sum", _I),
+        ("normalise", _I),
+        ("masked_value", _F),
+        ("norm_eps", _F),
+        ("scale", _F),
+    )
+
+
+@functools.cache
+def gate_parameters(spec: GateSpec) -> Any:
+    """The spec as bk_gate takes it."""
+    return ctypes.pointer(
+        _GateSpec(
+            num_experts=spec.num_experts,
+            top_k=spec.top_k,
+            num_groups=spec.num_groups,
+            topk_groups=spec.topk_groups,
+            sigmoid=spec.score == "sigmoid",
+            top2sum=spec.group_score == "top2sum",
+            normalise=spec.normalise,
+            masked_value=spec.masked_value,
+            norm_eps=spec.norm_eps,
+            scale=spec.scale,
+        )
+    )
 
 
 class Library:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from experts.kernels import reference
 from experts.kernels.expert_table import ExpertTable
-from experts.kernels.library import current
+from experts.kernels.library import current, gate_parameters
+from experts.spec import GateSpec
 
 # enum bk_dtype of src/barista_kernels.h
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -142,6 +143,33 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         _DTYPES[x.dtype],
     )
     return x
+
+
+def gate(router_logits: Tensor, spec: GateSpec, select_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each token's top-k experts and their weights, in the order of operations of the families' routers (GateSpec).
+
+    router_logits: [n, num_experts] float32, contiguous; select_bias: [num_experts] float32.
+    Returns topk_ids [n, top_k] int32, best first and the lower id on ties, and topk_weights [n, top_k] float32.
+    """
+    functions = current()
+    if functions is None:
+        return reference.gate(router_logits, spec, select_bias)
+    num_tokens = router_logits.shape[0]
+    topk_ids = torch.empty((num_tokens, spec.top_k), dtype=torch.int32)
+    topk_weights = torch.empty((num_tokens, spec.top_k), dtype=torch.float32)
+    assert router_logits.dtype is torch.float32
+    assert router_logits.shape[1] == spec.num_experts
+    assert router_logits.is_contiguous()
+    assert select_bias is None or (select_bias.dtype is torch.float32 and select_bias.shape == (spec.num_experts,))
+    functions.bk_gate(
+        router_logits.data_ptr(),
+        None if select_bias is None else select_bias.data_ptr(),
+        gate_parameters(spec),
+        topk_ids.data_ptr(),
+        topk_weights.data_ptr(),
+        num_tokens,
+    )
+    return topk_ids, topk_weights
 
 
 def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertTable) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from experts.kernels.expert_table import ExpertTable
+from experts.spec import GateSpec
 
 
 def linear(
@@ -55,6 +56,31 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     first.copy_(a * c - b * s)
     second.copy_(b * c + a * s)
     return x
+
+
+def gate(router_logits: Tensor, spec: GateSpec, select_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See experts.kernels.gate."""
+    scores = router_logits.softmax(dim=-1) if spec.score == "softmax" else router_logits.sigmoid()
+    choice = scores if select_bias is None else scores + select_bias
+    if spec.topk_groups < spec.num_groups:
+        choice = _mask_groups(choice, spec)
+    topk_ids = choice.topk(spec.top_k, dim=-1).indices
+    topk_weights = scores.gather(1, topk_ids)
+    if spec.normalise:
+        topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + spec.norm_eps)
+    if spec.scale != 1.0:
+        topk_weights = topk_weights * spec.scale
+    return topk_ids.int(), topk_weights
+
+
+def _mask_groups(choice: Tensor, spec: GateSpec) -> Tensor:
+    """Experts outside the best groups take the masked value (DeepSeek's node-limited routing)."""
+    groups = choice.view(len(choice), spec.num_groups, -1)
+    best = groups.topk(1 if spec.group_score == "max" else 2, dim=-1).values
+    score = best[..., 0] if spec.group_score == "max" else best[..., 0] + best[..., 1]
+    kept = torch.zeros_like(score, dtype=torch.bool)
+    kept.scatter_(1, score.topk(spec.topk_groups, dim=-1).indices, True)
+    return groups.masked_fill(~kept[:, :, None], spec.masked_value).view_as(choice)
 
 
 def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertTable) -> tuple[Tensor, Tensor]:

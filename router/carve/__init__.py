@@ -16,7 +16,7 @@ from pathlib import Path
 from barista.cache import require_space
 from barista.errors import CheckpointError, ConfigError
 from experts.checkpoint import Checkpoint, open_checkpoint
-from experts.weights import check_names
+from experts.checkpoint.names import check_names
 from router.carve.calibrate import calibrate, calibration_tokens
 from router.carve.layout import CarveOptions, Layout
 from router.carve.recipe import Recipe

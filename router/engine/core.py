@@ -1,4 +1,4 @@
-"""The engine: scheduler, model, cache and sampler, one step at a time. No sockets, no threads, no clocks but a timer."""
+"""The engine: scheduler, model, cache and sampler, one step at a time. No sockets, no threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 import torch
 
 from barista.errors import InvalidRequest, RequestError
-from router.kv_cache.blocks import BlockPool
 from router.kv_cache.storage import allocate_cache
 from router.messages import Failed, ModelInfo, Stats, StepEvents, Submit, Token
 from router.model.batch import Batch
@@ -119,7 +118,7 @@ class Engine:
         """End the requests with a row that the experts could not answer, before any of it is recorded or cached."""
         if not failed.any():
             return
-        of_chunk = failed.split([chunk.num_tokens for chunk in plan.chunks])
+        of_chunk = torch.split(failed, [chunk.num_tokens for chunk in plan.chunks])
         for chunk, rows in zip(plan.chunks, of_chunk, strict=True):
             if rows.any():
                 self._scheduler.abort(chunk.sequence.request_id)

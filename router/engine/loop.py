@@ -7,14 +7,15 @@ import os
 import queue
 import socket
 import threading
+from pathlib import Path
 
 import torch
 
 from barista.errors import BaristaError
 from barista.machine import available_memory
 from experts import kernels
-from experts.checkpoint import Checkpoint, open_checkpoint
-from pathlib import Path
+from experts.checkpoint import open_checkpoint
+from experts.formats import held_dtype
 from router.engine.core import Engine, kv_blocks, model_info
 from router.framing import frame, read_frame
 from router.kv_cache.blocks import BlockPool
@@ -32,7 +33,7 @@ from router.messages import (
     decode_config,
     encode,
 )
-from router.model.load import Model, load_model
+from router.model.load import load_model
 from router.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready]:
     checkpoint = open_checkpoint(Path(config.path))
     model = load_model(
         checkpoint,
-        storage_dtype(config.format, checkpoint),
+        getattr(torch, held_dtype(checkpoint, config.format)),
         config.max_model_len,
         lambda fraction, message: _send(sock, Loading(fraction, message)),
     )
@@ -82,16 +83,6 @@ def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready]:
         eos_token_ids=config.eos_token_ids,
     )
     return Engine(model, scheduler), Ready(model_info(model, scheduler, kernels.numerics_id()))
-
-
-def storage_dtype(wanted: str, checkpoint: Checkpoint) -> torch.dtype:
-    """The model's dtype: as asked, or bfloat16 where most of the checkpoint has no more than that, else float32."""
-    if wanted != "auto":
-        return torch.bfloat16 if wanted == "bf16" else torch.float32
-    size_of: dict[str, int] = {}
-    for info in checkpoint.tensors.values():
-        size_of[info.dtype] = size_of.get(info.dtype, 0) + info.nbytes
-    return torch.bfloat16 if max(size_of, key=size_of.__getitem__) in ("BF16", "F8_E4M3") else torch.float32
 
 
 def _read_commands(sock: socket.socket, commands: queue.SimpleQueue[Command]) -> None:

@@ -13,7 +13,7 @@ from router.model.spec import GQASpec, ModelSpec
 def allocate_cache(spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype) -> torch.Tensor:
     """Zeros [num_layers, planes, num_blocks, block_size, heads, values].
 
-    Grouped-query attention: planes are keys and values. Latent attention: one plane of one head, latent and rotated key.
+    Grouped-query attention has two planes, keys and values; latent attention one of one head, latent and rotated key.
     numpy's zeros, unlike torch's, are untouched pages: a block costs memory only once it is used.
     """
     attention = spec.attention

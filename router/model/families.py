@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from barista.errors import CheckpointError
-from experts.spec import FFNSpec
+from experts.spec import FFNSpec, GateSpec
 from router.model.spec import (
     AttentionSpec,
     DenseFFNSpec,
-    GateSpec,
     GQASpec,
     MLASpec,
     ModelSpec,
@@ -125,7 +124,7 @@ def _gqa(
     *,
     qkv_bias: bool | None = None,
     out_bias: bool | None = None,
-    qk_norm: str = "none",
+    qk_norm: Literal["none", "per_head", "full"] = "none",
     head_dim: int | None = None,
     theta: float = 10000.0,
     clip_qkv: float | None = None,
@@ -144,7 +143,7 @@ def _gqa(
         qkv_bias=bias if qkv_bias is None else qkv_bias,
         out_bias=bias if out_bias is None else out_bias,
         qk_norm=qk_norm,
-        clip_qkv=clip_qkv,  # type: ignore[arg-type]
+        clip_qkv=clip_qkv,
     )
 
 

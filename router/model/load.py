@@ -8,9 +8,10 @@ import torch
 
 from experts import kernels
 from experts.checkpoint import Checkpoint
+from experts.checkpoint.names import check_names
 from experts.pool import ExpertPool
 from experts.transport.local import LocalTransport
-from experts.weights import WeightReader, check_names
+from experts.weights import WeightReader
 from router.model.families import model_spec
 from router.model.spec import ModelSpec, MoESpec
 from router.model.tensors import expert_tensors, ignored_tensors, trunk_tensors
@@ -30,9 +31,9 @@ class Model:
 
 
 def load_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, max_len: int | None = None, on_progress: Progress | None = None
+    checkpoint: Checkpoint, model_dtype: torch.dtype, max_len: int | None = None, on_progress: Progress | None = None
 ) -> Model:
-    """Load every tensor that the model needs, memory-mapped where the checkpoint stores `dtype` already.
+    """Load every tensor that the model needs, memory-mapped where the checkpoint stores `model_dtype` already.
 
     max_len: positions to prepare for; the model's own limit if None. Raises CheckpointError: an unknown architecture,
     or a missing, unexpected or misshapen tensor.
@@ -43,13 +44,13 @@ def load_model(
     reader = WeightReader(checkpoint)
     report = on_progress or (lambda fraction, message: None)
 
-    def load(name: str, wanted: torch.dtype | None = None) -> torch.Tensor:
-        return reader.get(name, shapes[name], wanted or dtype)
+    def load(name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return reader.get(name, shapes[name], dtype or model_dtype)
 
-    pool = _local_pool(spec, reader, dtype, report)
+    pool = _local_pool(spec, reader, model_dtype, report)
     report(0.9, "trunk")
     trunk = Trunk(spec, load, pool, min(max_len or spec.max_position, spec.max_position))
-    return Model(spec, trunk, pool, dtype)
+    return Model(spec, trunk, pool, model_dtype)
 
 
 def _local_pool(spec: ModelSpec, reader: WeightReader, dtype: torch.dtype, report: Progress) -> ExpertPool | None:

@@ -38,7 +38,7 @@ def expert_tensors(spec: ModelSpec) -> Shapes:
 
 
 def ignored_tensors(spec: ModelSpec) -> Callable[[str], bool]:
-    """Names that a checkpoint may hold and that we do not use: prediction layers, rotary buffers, a tied head's copy."""
+    """Names that a checkpoint may hold and that we do not use: prediction layers, rotary buffers, a tied head."""
     extra = "|".join(str(spec.num_layers + i) for i in range(spec.num_extra_layers)) or "none"
     tied = r"|lm_head\.weight" if spec.tied_embeddings else ""
     pattern = re.compile(rf"model\.layers\.({extra})\..*|.*rotary_emb\.inv_freq{tied}")

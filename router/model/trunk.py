@@ -61,7 +61,7 @@ class Trunk:
 
 
 class DecoderLayer:
-    """Pre-norm attention and FFN. The residual stream is updated in place; the FFN's output is added by the next norm."""
+    """Pre-norm attention and FFN. The residual is updated in place; the next norm adds the FFN's output."""
 
     def __init__(self, spec: ModelSpec, index: int, load: Load, pool: ExpertPool | None) -> None:
         prefix = f"model.layers.{index}."

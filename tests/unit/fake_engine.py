@@ -75,7 +75,7 @@ def random_tokens(submit: Submit) -> list[int]:
 class FakeEngine:
     """Plays `script(submission)`, one token every `delay` seconds.
 
-    fail: index of the token in whose place Failed(fail_code) comes. gate: tokens from number gate_at wait until it is set.
+    fail: index of the token in whose place Failed(fail_code) comes. gate: tokens from number gate_at wait for it.
     submitted: every submission. aborted: request ids that were closed before their end.
     """
 

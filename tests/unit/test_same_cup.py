@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import torch
 from experts.checkpoint import open_checkpoint
 from router.messages import Submit
 from router.model.load import Model, load_model

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from barista.errors import CheckpointError
 from experts.checkpoint import open_checkpoint
-from experts.weights import WeightReader, check_names, dequantise_fp8
+from experts.checkpoint.names import check_names
+from experts.weights import WeightReader, dequantise_fp8
 
 
 def write_model(path, tensors):

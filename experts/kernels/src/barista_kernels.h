@@ -39,6 +39,17 @@ void bk_rope(void* x, int64_t x_stride, int64_t head_stride, const float* cos, c
 void bk_store_kv(void* cache, int64_t block_stride, int64_t slot_stride, int64_t block_size, const void* rows,
                  int64_t row_stride, const int32_t* slots, int64_t n, int64_t row_bytes);
 
+// How a gate chooses: experts.spec.GateSpec says what each field means.
+struct bk_gate_spec {
+    int64_t num_experts, top_k, num_groups, topk_groups;
+    int32_t sigmoid, top2sum, normalise;
+    float masked_value, norm_eps, scale;
+};
+
+// logits: [n, num_experts]; select_bias: [num_experts] or NULL; topk_ids, topk_weights: [n, top_k], best first.
+void bk_gate(const float* logits, const float* select_bias, const struct bk_gate_spec* spec, int32_t* topk_ids,
+             float* topk_weights, int64_t n);
+
 // One layer of routed experts. x, y: [n, hidden]; topk_ids, topk_weights: [n, topk], id -1 is skipped.
 // gate, up: num_experts pointers to [intermediate, hidden]; down: to [hidden, intermediate]; NULL where not held.
 // An expert's row is rounded to dtype, weighted and added in float32 in top-k order, and the sum is rounded once.

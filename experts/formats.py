@@ -1,0 +1,26 @@
+"""In which format a checkpoint's weights are held in memory. Torch-free."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from experts.checkpoint import Checkpoint
+
+# Stored with no more precision than bfloat16 holds; every other stored dtype is held in float32 unless told otherwise.
+HELD_AS_BF16 = ("BF16", "F8_E4M3")
+FORMATS = {"float32": "float32", "bf16": "bfloat16"}
+
+
+def main_dtype(checkpoint: Checkpoint) -> str:
+    """The stored dtype that holds the most bytes; "none" where nothing is stored."""
+    held: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        held[info.dtype] += info.nbytes
+    return held.most_common(1)[0][0] if held else "none"
+
+
+def held_dtype(checkpoint: Checkpoint, wanted: str = "auto") -> str:
+    """torch's name of the model's dtype: as asked for by format ("float32", "bf16"), or as stored ("auto")."""
+    if wanted != "auto":
+        return FORMATS[wanted]
+    return "bfloat16" if main_dtype(checkpoint) in HELD_AS_BF16 else "float32"
