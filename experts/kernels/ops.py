@@ -11,7 +11,9 @@ from experts.kernels.library import current, gate_parameters
 from experts.spec import GateSpec
 
 # enum bk_dtype of src/barista_kernels.h
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# The rows that weights of a dtype are multiplied with.
+_ROWS_OF = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
 
 
 def linear(
@@ -24,7 +26,8 @@ def linear(
 ) -> Tensor:
     """x weight^T + bias, summed in float32 and rounded once. The weight is read in place, at any alignment.
 
-    x: [n, in]; weight: [out, in]; bias: [out]; float32 or bfloat16, all of one dtype, rows contiguous.
+    x: [n, in]; weight: [out, in]; bias: [out]; float32 or bfloat16, all of one dtype, rows contiguous; or the weight is
+    float16 and the others float32, with the bytes that the same weight in float32 would give.
     out: [n, out] to write to. out_dtype: x's dtype unless given (float32 for logits). Returns [n, out].
     """
     functions = current()
@@ -35,7 +38,7 @@ def linear(
     dtype = x.dtype
     if out is None:
         out = torch.empty((num_rows, out_features), dtype=out_dtype or dtype)
-    assert weight.dtype is dtype
+    assert dtype is _ROWS_OF[weight.dtype]
     assert weight.shape[1] == in_features
     assert x.stride(1) == weight.stride(1) == out.stride(1) == 1
     assert out.shape == (num_rows, out_features)
@@ -51,7 +54,7 @@ def linear(
         num_rows,
         in_features,
         out_features,
-        _DTYPES[dtype],
+        _DTYPES[weight.dtype],
         _DTYPES[out.dtype],
     )
     return out
@@ -149,7 +152,8 @@ def gate(router_logits: Tensor, spec: GateSpec, select_bias: Tensor | None = Non
     """Each token's top-k experts and their weights, in the order of operations of the families' routers (GateSpec).
 
     router_logits: [n, num_experts] float32, contiguous; select_bias: [num_experts] float32.
-    Returns topk_ids [n, top_k] int32, best first and the lower id on ties, and topk_weights [n, top_k] float32.
+    Returns topk_ids [n, top_k] int32, best first, and topk_weights [n, top_k] float32. Of equal experts at the end of the
+    top-k those are chosen that torch.topk chooses.
     """
     functions = current()
     if functions is None:
@@ -175,7 +179,7 @@ def gate(router_logits: Tensor, spec: GateSpec, select_bias: Tensor | None = Non
 def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertTable) -> tuple[Tensor, Tensor]:
     """The routed experts of one layer: the weighted sum of each token's expert rows.
 
-    hidden_states: [n, hidden]; topk_ids: [n, k] int32, -1 for none; topk_weights: [n, k] float32; both contiguous.
+    hidden_states: [n, hidden], in the experts' dtype, float32 for float16; topk_ids: [n, k] int32, -1 for none; topk_weights: [n, k] float32; both contiguous.
     An expert computes down(silu(gate(x)) * up(x)), rounding to the dtype after each step; its row is weighted and added
     in float32 in top-k order, and the sum is rounded once.
     Returns rows [n, hidden] and failed [n] bool: a row in which anything is not finite is zeros.
@@ -187,7 +191,7 @@ def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: 
     num_tokens, hidden_size = hidden_states.shape
     rows = torch.empty((num_tokens, hidden_size), dtype=hidden_states.dtype)
     failed = torch.empty(num_tokens, dtype=torch.bool)
-    assert hidden_states.dtype is experts.dtype
+    assert hidden_states.dtype is _ROWS_OF[experts.dtype]
     assert hidden_states.stride(1) == 1
     assert hidden_size == experts.hidden_size
     assert topk_ids.dtype is torch.int32
@@ -210,7 +214,7 @@ def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: 
         experts.num_experts,
         hidden_size,
         experts.intermediate_size,
-        _DTYPES[hidden_states.dtype],
+        _DTYPES[experts.dtype],
     )
     if status != 0:
         raise KeyError(

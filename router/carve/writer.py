@@ -28,7 +28,7 @@ from router.model.spec import GQASpec, ModelSpec
 from router.model.tensors import trunk_tensors
 
 # Small enough that the weights stay within half a per cent of 1 / top_k, large enough that float32 ranks the experts.
-GATE_SCALE = 3e-4
+GATE_SCALE = 1e-4
 SIGMOID_SLOPE = 0.25
 SHARD_BYTES = 4_000_000_000
 GENERATION_CONFIG = "generation_config.json"
@@ -37,8 +37,16 @@ _SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """bfloat16 and float16 weights stay as they are, since carving only moves them; all else becomes float32."""
+    """How the trunk is written. bfloat16 and float16 stay as they are, since carving only moves them; all else becomes
+    float32."""
     return _KEPT.get(checkpoint.tensors["model.embed_tokens.weight"].dtype, torch.float32)
+
+
+def ffn_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """How experts are written. Those of quantised blocks, whose scales are float16, become float16: half the bytes at
+    an error that the logits hardly show, which cannot be said of embeddings and attention."""
+    quantised = checkpoint.tensors["model.layers.0.mlp.up_proj.weight"].dtype not in (*_KEPT, "F32")
+    return torch.float16 if quantised else stored_dtype(checkpoint)
 
 
 def write_config(folder: Path, checkpoint: Checkpoint, spec: ModelSpec, layout: Layout) -> None:
@@ -104,7 +112,7 @@ def carved_tensors(checkpoint: Checkpoint, spec: ModelSpec, recipe: Recipe) -> I
     for index, layer in enumerate(recipe.layers):
         prefix = f"model.layers.{index}.mlp."
         gate, up, down = (
-            reader.get(name, shapes[name], dtype)
+            reader.get(name, shapes[name], ffn_dtype(checkpoint))
             for name in (f"{prefix}{part}_proj.weight" for part in ("gate", "up", "down"))
         )
         moved = {

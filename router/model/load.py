@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from experts import kernels
-from experts.checkpoint import Checkpoint
+from experts.checkpoint import Checkpoint, TensorInfo
 from experts.checkpoint.names import check_names
 from experts.pool import ExpertPool
 from experts.transport.local import LocalTransport
@@ -45,30 +45,43 @@ def load_model(
     report = on_progress or (lambda fraction, message: None)
 
     def load(name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return reader.get(name, shapes[name], dtype or model_dtype)
+        return reader.get(name, shapes[name], dtype or held_as(checkpoint.tensors[name], model_dtype))
 
-    pool = _local_pool(spec, reader, model_dtype, report)
+    pool = _local_pool(spec, checkpoint, reader, model_dtype, report)
     report(0.9, "trunk")
     trunk = Trunk(spec, load, pool, min(max_len or spec.max_position, spec.max_position))
     return Model(spec, trunk, pool, model_dtype)
 
 
-def _local_pool(spec: ModelSpec, reader: WeightReader, dtype: torch.dtype, report: Progress) -> ExpertPool | None:
+def held_as(info: TensorInfo, model_dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a tensor is held in: the model's, but a float16 matrix of a float32 model stays as it is stored.
+
+    The kernels widen it exactly, so that the results are those of float32 weights at half the bytes.
+    """
+    stays = info.dtype == "F16" and len(info.shape) == 2 and model_dtype is torch.float32
+    return torch.float16 if stays else model_dtype
+
+
+def _local_pool(
+    spec: ModelSpec, checkpoint: Checkpoint, reader: WeightReader, model_dtype: torch.dtype, report: Progress
+) -> ExpertPool | None:
     if not spec.num_experts:
         return None
+
+    def get(name: str, shape: tuple[int, int]) -> torch.Tensor:
+        return reader.get(name, shape, held_as(checkpoint.tensors[name], model_dtype))
+
     tables = {}
     for index, layer in enumerate(spec.layers):
         if isinstance(layer, MoESpec):
             report(0.9 * index / spec.num_layers, f"experts of layer {index}")
-            tables[index] = _table(layer, index, reader, dtype)
+            tables[index] = _table(layer, index, get)
     return ExpertPool(LocalTransport(tables), spec.num_layers, spec.num_experts)
 
 
-def _table(layer: MoESpec, index: int, reader: WeightReader, dtype: torch.dtype) -> kernels.ExpertTable:
+def _table(layer: MoESpec, index: int, get: Callable[[str, tuple[int, int]], torch.Tensor]) -> kernels.ExpertTable:
     weights = {}
     for expert in range(layer.experts.num_experts):
-        gate, up, down = (
-            reader.get(name, shape, dtype) for name, shape in layer.experts.tensors(index, expert).items()
-        )
+        gate, up, down = (get(name, shape) for name, shape in layer.experts.tensors(index, expert).items())
         weights[expert] = gate, up, down
     return kernels.ExpertTable(weights, layer.experts.num_experts)

@@ -45,7 +45,7 @@ class Trunk:
         Returns logits [num_samples, vocab] float32, and failed [num_tokens] bool: rows whose experts gave no finite
         answer.
         """
-        hidden = self.embedding[batch.token_ids]
+        hidden = self.embedding[batch.token_ids].to(self.final_norm.dtype)
         positions = batch.positions.long()
         cos_sin = self.cos[positions], self.sin[positions]
         failed = torch.zeros(len(hidden), dtype=torch.bool)
@@ -100,12 +100,13 @@ class SwiGLU:
     """A dense or shared FFN: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, load: Load, prefix: str) -> None:
-        self.gate, self.up, self.down = (load(f"{prefix}{name}_proj.weight") for name in ("gate", "up", "down"))
+        gate, up, down = (load(f"{prefix}{name}_proj.weight") for name in ("gate", "up", "down"))
+        self.table = kernels.ExpertTable({0: (gate, up, down)}, 1)
 
     def __call__(self, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[num_tokens, hidden] -> [num_tokens, hidden]."""
-        activated = kernels.silu_mul(kernels.linear(x, self.gate), kernels.linear(x, self.up))
-        return kernels.linear(activated, self.down), None
+        """[num_tokens, hidden] -> [num_tokens, hidden]: the kernel of the experts, with one that every token takes."""
+        everyone = torch.zeros(len(x), 1, dtype=torch.int32)
+        return kernels.moe(x, everyone, torch.ones(len(x), 1), self.table)
 
 
 class MoE:
@@ -124,6 +125,8 @@ class MoE:
         """[num_tokens, hidden] -> [num_tokens, hidden] and failed [num_tokens]."""
         topk_ids, topk_weights = self.gate(x)
         pending = self.pool.begin(step, self.index, x, topk_ids, topk_weights)
-        shared = self.shared(x, step)[0] if self.shared is not None else None
+        if self.shared is None:
+            return pending.wait()
+        shared, shared_failed = self.shared(x, step)
         rows, failed = pending.wait()
-        return (rows if shared is None else rows + shared), failed
+        return rows + shared, failed if shared_failed is None else failed | shared_failed

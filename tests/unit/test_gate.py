@@ -118,3 +118,18 @@ def test_a_tokens_choice_is_the_same_bytes_alone(variant: str, spec: GateSpec, r
         alone_ids, alone_weights = kernels.gate(logits[row : row + 1].clone(), spec)
         assert torch.equal(alone_ids[0], ids[row])
         assert torch.equal(alone_weights[0], weights[row])
+
+
+@few
+@given(num_experts=st.integers(1, 40), top_k=st.integers(1, 40), levels=st.integers(1, 6), seed=st.integers(0, 999))
+def test_of_equal_experts_those_of_torch_topk_are_chosen(
+    variant: str, num_experts: int, top_k: int, levels: int, seed: int
+) -> None:
+    spec = GateSpec(
+        num_experts=num_experts, top_k=min(top_k, num_experts), score="sigmoid", float32_logits=True,
+        float32_weights=True,
+    )  # fmt: skip
+    logits = (values(9, num_experts, seed=seed) * levels).round()
+    ids, _ = kernels.gate(logits, spec)
+    expected = logits.sigmoid().topk(spec.top_k, sorted=False).indices
+    assert torch.equal(ids.sort().values, expected.int().sort().values)

@@ -16,8 +16,8 @@ namespace {
 constexpr int64_t kChunk = 32;
 constexpr int kValueVectors = 4;  // vectors of the value dimension that are summed at once
 
-// sums[r] = sums[r] * scale[r] + probabilities[r][j] * values[j] for each j in ascending order, in kValueVectors vectors
-// from element `first` of the value dimension.
+// sums[r] = sums[r] * scale[r] + probabilities[r][j] * values[j] for each j in ascending order, in kValueVectors
+// vectors from element `first` of the value dimension.
 template <class T, int Rows>
 BK_INLINE void add_values(const float* probabilities, const float* scale, const T* const* values, int64_t count,
                           int64_t first, int64_t dim, float* sums, int64_t sums_stride) {
@@ -174,7 +174,7 @@ struct Attention {
             x[r] = packed + r * packed_stride<T>(key_dim);
             same = same && rows[r].num_keys >= start + count;
         }
-        dot_panel<T>(x, num_rows, key_rows, count, key_dim, scores, kChunk);
+        dot_rows<T>(x, num_rows, key_rows, count, key_dim, scores, kChunk);
         if (same) {
             for (int64_t r = 0; r < num_rows; ++r)
                 correction[r] = softmax_chunk(scores + r * kChunk, count, scale, rows[r].max_score, rows[r].total);

@@ -11,7 +11,8 @@
 extern "C" {
 #endif
 
-enum bk_dtype { BK_FLOAT32 = 0, BK_BFLOAT16 = 1 };
+// BK_FLOAT16_WEIGHTS: weights are float16 and all else is float32; only bk_linear and bk_moe take it.
+enum bk_dtype { BK_FLOAT32 = 0, BK_BFLOAT16 = 1, BK_FLOAT16_WEIGHTS = 2 };
 
 // Threads to use, the caller's included; 0 or less: as many as this process may run on.
 void bk_set_threads(int32_t threads);

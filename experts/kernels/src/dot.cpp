@@ -3,19 +3,25 @@
 namespace bk {
 namespace {
 
-// out[r][0..3] = the dot products of packed row x[r] with w[0..3], for Rows rows.
+// out[r][0..3] = the dot products of packed row x[r] with w[0..3], for Rows rows. Meanwhile the rows `ahead` are
+// fetched.
 template <class T, int Rows>
-BK_INLINE void dot_quad(const typename Dot<T>::Packed* const* x, const T* const* w, int64_t k, float* out,
-                        int64_t out_stride) {
+BK_INLINE void dot_quad(const typename Dot<T>::Packed* const* x, const T* const* w, const T* const* ahead, int64_t k,
+                        float* out, int64_t out_stride) {
     using D = Dot<T>;
     f32v acc[Rows][kQuad] = {};
     const T *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+    const T *next0 = ahead[0], *next1 = ahead[1], *next2 = ahead[2], *next3 = ahead[3];
     const typename D::Packed* rows[Rows];
     for (int r = 0; r < Rows; ++r) rows[r] = x[r];
     int64_t i = 0, p = 0;
     for (; i + D::kStep <= k; i += D::kStep, p += D::kPackedStep) {
         const typename D::Weights v[kQuad] = {D::weights(w0 + i), D::weights(w1 + i), D::weights(w2 + i),
                                               D::weights(w3 + i)};
+        __builtin_prefetch(next0 + i);
+        __builtin_prefetch(next1 + i);
+        __builtin_prefetch(next2 + i);
+        __builtin_prefetch(next3 + i);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
@@ -40,16 +46,30 @@ BK_INLINE void dot_quad(const typename Dot<T>::Packed* const* x, const T* const*
 }  // namespace
 
 template <class T>
-void dot_panel(const typename Dot<T>::Packed* const* x, int64_t num_rows, const T* const* w, int64_t num_w, int64_t k,
-               float* out, int64_t out_stride) {
-    with_panel_rows(num_rows, [&](auto rows) {
-        for (int64_t j = 0; j < num_w; j += kQuad) dot_quad<T, decltype(rows)::value>(x, w + j, k, out + j, out_stride);
-    });
+void dot_rows(const typename Dot<T>::Packed* const* x, int64_t num_rows, const T* const* w, int64_t num_w, int64_t k,
+              float* out, int64_t out_stride) {
+    const int64_t panels = ceil_div(num_rows, kPanelRows);
+    for (int64_t j = 0; j < num_w; j += kQuad) {
+        const T* const* next = j + kQuad < num_w ? w + j + kQuad : w + j;
+        for (int64_t panel = 0; panel < panels; ++panel) {
+            const int64_t begin = num_rows * panel / panels, end = num_rows * (panel + 1) / panels;
+            // Each panel fetches its share of the next quad, so that reading memory and multiplying overlap; the
+            // others' share is replaced by what is in the cache already.
+            const T* ahead[kQuad];
+            for (int64_t r = 0; r < kQuad; ++r) ahead[r] = r * panels / kQuad == panel ? next[r] : w[j + r];
+            with_panel_rows(end - begin, [&](auto rows) {
+                dot_quad<T, decltype(rows)::value>(x + begin, w + j, ahead, k, out + begin * out_stride + j,
+                                                   out_stride);
+            });
+        }
+    }
 }
 
-template void dot_panel<float>(const Dot<float>::Packed* const*, int64_t, const float* const*, int64_t, int64_t, float*,
-                               int64_t);
-template void dot_panel<bf16>(const Dot<bf16>::Packed* const*, int64_t, const bf16* const*, int64_t, int64_t, float*,
+template void dot_rows<float>(const Dot<float>::Packed* const*, int64_t, const float* const*, int64_t, int64_t, float*,
                               int64_t);
+template void dot_rows<f16>(const Dot<f16>::Packed* const*, int64_t, const f16* const*, int64_t, int64_t, float*,
+                            int64_t);
+template void dot_rows<bf16>(const Dot<bf16>::Packed* const*, int64_t, const bf16* const*, int64_t, int64_t, float*,
+                             int64_t);
 
 }  // namespace bk

@@ -12,12 +12,14 @@ namespace bk {
 
 constexpr int kQuad = 4;  // weight rows that share the loads of a panel of rows
 
-// How T is multiplied. Packed: the form of an activation row, padded with zeros to whole steps of kStep elements.
+// How weights of type T are multiplied. Activation: the type of the rows beside them and of all results. Packed: the
+// form of an activation row, padded with zeros to whole steps of kStep elements.
 template <class T>
 struct Dot;
 
 template <>
 struct Dot<float> {
+    using Activation = float;
     using Packed = float;
     using Weights = f32v;
     static constexpr int kStep = kLanes;
@@ -29,9 +31,26 @@ struct Dot<float> {
     static BK_INLINE void pack(float* to, const float* from, int64_t n) { store(to, load(from, n)); }
 };
 
+template <>
+struct Dot<f16> {
+    using Activation = float;
+    using Packed = float;
+    using Weights = f32v;
+    static constexpr int kStep = kLanes;
+    static constexpr int kPackedStep = kLanes;
+
+    static BK_INLINE Weights weights(const f16* w) { return widen_half(load_raw<u16v>(w)); }
+    static BK_INLINE Weights weights_partial(const f16* w, int64_t n) {
+        return widen_half(load_raw_partial<u16v>(w, n * 2));
+    }
+    static BK_INLINE void add(f32v& acc, const float* x, const Weights& w) { acc = fma(load_raw<f32v>(x), w, acc); }
+    static BK_INLINE void pack(float* to, const float* from, int64_t n) { store(to, load(from, n)); }
+};
+
 #if defined(__AVX512BF16__)
 template <>
 struct Dot<bf16> {
+    using Activation = bf16;
     using Packed = bf16;
     using Weights = __m512i;
     static constexpr int kStep = 2 * kLanes;
@@ -51,6 +70,7 @@ struct Dot<bf16> {
 // Pairs of bfloat16 are read as 32-bit words: the even elements are their low halves, the odd ones their high halves.
 template <>
 struct Dot<bf16> {
+    using Activation = bf16;
     using Packed = float;
     struct Weights {
         f32v even, odd;
@@ -83,7 +103,7 @@ BK_INLINE int64_t packed_stride(int64_t k) {
 }
 
 template <class T>
-void pack_row(typename Dot<T>::Packed* to, const T* from, int64_t k) {
+void pack_row(typename Dot<T>::Packed* to, const typename Dot<T>::Activation* from, int64_t k) {
     for (int64_t i = 0; i < k; i += Dot<T>::kStep, to += Dot<T>::kPackedStep) Dot<T>::pack(to, from + i, k - i);
 }
 
@@ -96,17 +116,17 @@ BK_INLINE void with_panel_rows(int64_t num_rows, Body&& body) {
     body(std::integral_constant<int, Rows>{});
 }
 
-// out[r * out_stride + j] = x[r] . w[j] for num_rows <= kPanelRows packed rows and num_w weight rows.
+// out[r * out_stride + j] = x[r] . w[j] for num_rows packed rows, few enough to stay in cache, and num_w weight rows.
 // num_w is rounded up to a multiple of kQuad: w and out must reach that far (pad w by repeating a pointer).
 template <class T>
-void dot_panel(const typename Dot<T>::Packed* const* x, int64_t num_rows, const T* const* w, int64_t num_w, int64_t k,
-               float* out, int64_t out_stride);
+void dot_rows(const typename Dot<T>::Packed* const* x, int64_t num_rows, const T* const* w, int64_t num_w, int64_t k,
+              float* out, int64_t out_stride);
 
 // ---- how work is cut
 
 constexpr int64_t kTile = 64;                     // weight rows in one task, at most
 constexpr int64_t kTileBytes = 384 * 1024;        // what a tile of weights may take of the second-level cache
-constexpr int64_t kRowsPerTask = 8 * kPanelRows;  // rows of one expert or of one sequence in one task, at most
+constexpr int64_t kRowsPerTask = 8 * kPanelRows;  // rows that share one pass over a tile, at most
 
 BK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 BK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

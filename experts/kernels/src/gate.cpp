@@ -1,6 +1,8 @@
 // The gate: scores, groups, top-k and weights of each token, in the order of operations of the families' routers.
 
+#include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "barista_kernels.h"
@@ -29,42 +31,51 @@ void sigmoid(const float* logits, float* scores, int64_t count) {
         store(scores + i, 1.0f / (1.0f + exp(-load(logits + i, count - i))), count - i);
 }
 
-// The index of the largest value; the lowest one on ties, and a NaN counts as the largest, as in torch.
-int64_t argmax(const float* values, int64_t count) {
-    int64_t best = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        if (std::isnan(values[i])) return i;
-        if (values[i] > values[best]) best = i;
-    }
-    return best;
+using Candidate = std::pair<float, int64_t>;  // value, index
+
+// Moves the k best of n candidates to the front, best first. Which of equal ones are taken is what torch.topk takes:
+// its algorithm, of the same standard library. Gates of carved models make scores that are often equal.
+void select_best(Candidate* from, int64_t n, int64_t k) {
+    auto better = [](const Candidate& x, const Candidate& y) {
+        return (std::isnan(x.first) && !std::isnan(y.first)) || x.first > y.first;
+    };
+    if (k * 64 <= n)
+        std::partial_sort(from, from + k, from + n, better);
+    else
+        std::nth_element(from, from + k - 1, from + n, better);
+    std::sort(from, from + k, [&](const Candidate& x, const Candidate& y) {
+        return better(x, y) || (!better(y, x) && x.second < y.second);
+    });
 }
 
 // The best value of a group, or the sum of its best two.
 float group_score(const float* choice, int64_t size, bool top2sum) {
-    const int64_t first = argmax(choice, size);
-    if (!top2sum) return choice[first];
-    float second = -INFINITY;
-    for (int64_t i = 0; i < size; ++i)
-        if (i != first && choice[i] > second) second = choice[i];
-    return choice[first] + second;
+    float first = -INFINITY, second = -INFINITY;
+    for (int64_t i = 0; i < size; ++i) {
+        if (choice[i] > first || std::isnan(choice[i])) {
+            second = first;
+            first = choice[i];
+        } else if (choice[i] > second) {
+            second = choice[i];
+        }
+    }
+    return top2sum ? first + second : first;
 }
 
 struct Scratch {
-    std::vector<float> scores, choice, groups;
+    std::vector<float> scores, choice;
+    std::vector<Candidate> candidates;
     std::vector<char> kept;
 };
 
 void mask_groups(const bk_gate_spec& spec, Scratch& s) {
     const int64_t size = spec.num_experts / spec.num_groups;
-    s.groups.resize(static_cast<size_t>(spec.num_groups));
+    s.candidates.resize(static_cast<size_t>(spec.num_groups));
     s.kept.assign(static_cast<size_t>(spec.num_groups), 0);
     for (int64_t g = 0; g < spec.num_groups; ++g)
-        s.groups[g] = group_score(s.choice.data() + g * size, size, spec.top2sum);
-    for (int64_t i = 0; i < spec.topk_groups; ++i) {
-        const int64_t g = argmax(s.groups.data(), spec.num_groups);
-        s.kept[g] = 1;
-        s.groups[g] = -INFINITY;
-    }
+        s.candidates[g] = {group_score(s.choice.data() + g * size, size, spec.top2sum), g};
+    select_best(s.candidates.data(), spec.num_groups, spec.topk_groups);
+    for (int64_t i = 0; i < spec.topk_groups; ++i) s.kept[s.candidates[i].second] = 1;
     for (int64_t e = 0; e < spec.num_experts; ++e)
         if (!s.kept[e / size]) s.choice[e] = spec.masked_value;
 }
@@ -78,13 +89,15 @@ void gate_row(const float* logits, const float* select_bias, const bk_gate_spec&
     if (select_bias)
         for (int64_t e = 0; e < count; ++e) s.choice[e] += select_bias[e];
     if (spec.topk_groups < spec.num_groups) mask_groups(spec, s);
+    s.candidates.resize(static_cast<size_t>(count));
+    for (int64_t e = 0; e < count; ++e) s.candidates[e] = {s.choice[e], e};
+    select_best(s.candidates.data(), count, spec.top_k);
     float total = 0.0f;
     for (int64_t k = 0; k < spec.top_k; ++k) {
-        const int64_t e = argmax(s.choice.data(), count);
+        const int64_t e = s.candidates[k].second;
         topk_ids[k] = static_cast<int32_t>(e);
         topk_weights[k] = s.scores[e];
         total += s.scores[e];
-        s.choice[e] = -INFINITY;
     }
     for (int64_t k = 0; k < spec.top_k; ++k) {
         if (spec.normalise) topk_weights[k] /= total + spec.norm_eps;

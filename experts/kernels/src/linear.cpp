@@ -18,8 +18,8 @@ void store_tile_row(Out* to, const float* sums, const T* bias, int64_t count) {
 }
 
 template <class T, class Out>
-void linear(const T* x, int64_t x_stride, const T* weight, int64_t weight_stride, const T* bias, Out* y,
-            int64_t y_stride, int64_t n, int64_t in, int64_t out) {
+void linear(const typename Dot<T>::Activation* x, int64_t x_stride, const T* weight, int64_t weight_stride,
+            const typename Dot<T>::Activation* bias, Out* y, int64_t y_stride, int64_t n, int64_t in, int64_t out) {
     using Packed = typename Dot<T>::Packed;
     thread_local Buffer packed_rows;
     const int64_t stride = packed_stride<T>(in);
@@ -41,16 +41,16 @@ void linear(const T* x, int64_t x_stride, const T* weight, int64_t weight_stride
         const int64_t block = task % row_blocks;
         const int64_t row_begin = n * block / row_blocks, row_end = n * (block + 1) / row_blocks;
         const T* w[kTile];
-        alignas(64) float sums[kPanelRows * kTile];
+        alignas(64) float sums[kRowsPerTask * kTile];
         const int64_t count = tile_pointers(w, weight, weight_stride, first, last);
-        for_each_panel(row_end - row_begin, [&](int64_t panel, int64_t rows) {
-            const Packed* xs[kPanelRows];
-            for (int64_t r = 0; r < rows; ++r) xs[r] = packed + (row_begin + panel + r) * stride;
-            dot_panel<T>(xs, rows, w, count, in, sums, kTile);
+        for (int64_t at = row_begin; at < row_end; at += kRowsPerTask) {
+            const int64_t rows = row_end - at < kRowsPerTask ? row_end - at : kRowsPerTask;
+            const Packed* xs[kRowsPerTask];
+            for (int64_t r = 0; r < rows; ++r) xs[r] = packed + (at + r) * stride;
+            dot_rows<T>(xs, rows, w, count, in, sums, kTile);
             for (int64_t r = 0; r < rows; ++r)
-                store_tile_row(y + (row_begin + panel + r) * y_stride + first, sums + r * kTile,
-                               bias ? bias + first : nullptr, count);
-        });
+                store_tile_row(y + (at + r) * y_stride + first, sums + r * kTile, bias ? bias + first : nullptr, count);
+        }
     });
 }
 
@@ -60,11 +60,12 @@ void linear(const T* x, int64_t x_stride, const T* weight, int64_t weight_stride
 extern "C" void bk_linear(const void* x, int64_t x_stride, const void* weight, int64_t weight_stride, const void* bias,
                           void* y, int64_t y_stride, int64_t n, int64_t in, int64_t out, int32_t dtype,
                           int32_t out_dtype) {
-    bk::dispatch(dtype, [&](auto t) {
+    bk::dispatch_weights(dtype, [&](auto t) {
         bk::dispatch(out_dtype, [&](auto o) {
             using T = decltype(t);
-            bk::linear(static_cast<const T*>(x), x_stride, static_cast<const T*>(weight), weight_stride,
-                       static_cast<const T*>(bias), static_cast<decltype(o)*>(y), y_stride, n, in, out);
+            using A = typename bk::Dot<T>::Activation;
+            bk::linear(static_cast<const A*>(x), x_stride, static_cast<const T*>(weight), weight_stride,
+                       static_cast<const A*>(bias), static_cast<decltype(o)*>(y), y_stride, n, in, out);
         });
     });
 }

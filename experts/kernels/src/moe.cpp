@@ -51,6 +51,7 @@ Pairs group_by_expert(const int32_t* topk_ids, int64_t num_pairs, int64_t num_ex
 template <class T>
 struct Layer {
     using Packed = typename Dot<T>::Packed;
+    using A = typename Dot<T>::Activation;
 
     const T* const* gate;
     const T* const* up;
@@ -59,53 +60,50 @@ struct Layer {
     int64_t topk;
     Packed* inputs;       // [num_tokens] packed rows of `hidden`
     Packed* activations;  // [pairs.count] packed rows of `intermediate`
-    T* rows;              // [num_tokens * topk, hidden], by pair
+    A* rows;              // [num_tokens * topk, hidden], by pair
     Pairs pairs;
 
     // silu(gate) * up for intermediate values [first, last) of one group, rounded as the separate operations would be.
     void gate_up(const Group& group, int64_t first, int64_t last) const {
         const T *gate_rows[kTile], *up_rows[kTile];
-        alignas(64) float gate_sums[kPanelRows * kTile], up_sums[kPanelRows * kTile];
+        alignas(64) float gate_sums[kRowsPerTask * kTile], up_sums[kRowsPerTask * kTile];
         const int64_t count = tile_pointers(gate_rows, gate[group.expert], hidden, first, last);
         tile_pointers(up_rows, up[group.expert], hidden, first, last);
         const int64_t in_stride = packed_stride<T>(hidden), out_stride = packed_stride<T>(intermediate);
-        for_each_panel(group.end - group.begin, [&](int64_t panel, int64_t rows_here) {
-            const Packed* x[kPanelRows];
-            for (int64_t r = 0; r < rows_here; ++r)
-                x[r] = inputs + pairs.order[group.begin + panel + r] / topk * in_stride;
-            dot_panel<T>(x, rows_here, gate_rows, count, hidden, gate_sums, kTile);
-            dot_panel<T>(x, rows_here, up_rows, count, hidden, up_sums, kTile);
-            for (int64_t r = 0; r < rows_here; ++r) {
-                T values[kTile];
-                for (int64_t i = 0; i < count; i += kLanes) {
-                    f32v activated = rounded_to<T>(silu(rounded_to<T>(load(gate_sums + r * kTile + i))));
-                    store(values + i, activated * rounded_to<T>(load(up_sums + r * kTile + i)));
-                }
-                Packed* to = activations + (group.begin + panel + r) * out_stride;
-                pack_row<T>(to + first / Dot<T>::kStep * Dot<T>::kPackedStep, values, count);
+        const int64_t num_rows = group.end - group.begin;
+        const Packed* x[kRowsPerTask];
+        for (int64_t r = 0; r < num_rows; ++r) x[r] = inputs + pairs.order[group.begin + r] / topk * in_stride;
+        dot_rows<T>(x, num_rows, gate_rows, count, hidden, gate_sums, kTile);
+        dot_rows<T>(x, num_rows, up_rows, count, hidden, up_sums, kTile);
+        for (int64_t r = 0; r < num_rows; ++r) {
+            A values[kTile];
+            for (int64_t i = 0; i < count; i += kLanes) {
+                f32v activated = rounded_to<A>(silu(rounded_to<A>(load(gate_sums + r * kTile + i))));
+                store(values + i, activated * rounded_to<A>(load(up_sums + r * kTile + i)));
             }
-        });
+            Packed* to = activations + (group.begin + r) * out_stride;
+            pack_row<T>(to + first / Dot<T>::kStep * Dot<T>::kPackedStep, values, count);
+        }
     }
 
     void down_rows(const Group& group, int64_t first, int64_t last) const {
         const T* w[kTile];
-        alignas(64) float sums[kPanelRows * kTile];
+        alignas(64) float sums[kRowsPerTask * kTile];
         const int64_t count = tile_pointers(w, down[group.expert], intermediate, first, last);
         const int64_t stride = packed_stride<T>(intermediate);
-        for_each_panel(group.end - group.begin, [&](int64_t panel, int64_t rows_here) {
-            const Packed* x[kPanelRows];
-            for (int64_t r = 0; r < rows_here; ++r) x[r] = activations + (group.begin + panel + r) * stride;
-            dot_panel<T>(x, rows_here, w, count, intermediate, sums, kTile);
-            for (int64_t r = 0; r < rows_here; ++r) {
-                T* to = rows + pairs.order[group.begin + panel + r] * hidden + first;
-                for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(sums + r * kTile + i), count - i);
-            }
-        });
+        const int64_t num_rows = group.end - group.begin;
+        const Packed* x[kRowsPerTask];
+        for (int64_t r = 0; r < num_rows; ++r) x[r] = activations + (group.begin + r) * stride;
+        dot_rows<T>(x, num_rows, w, count, intermediate, sums, kTile);
+        for (int64_t r = 0; r < num_rows; ++r) {
+            A* to = rows + pairs.order[group.begin + r] * hidden + first;
+            for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(sums + r * kTile + i), count - i);
+        }
     }
 
     // The token's expert rows, weighted and added in float32 in top-k order, rounded once. Returns whether the sum is
     // not finite, which it is not if any of the rows is not; then the result is zeros.
-    bool combine(const int32_t* ids, const float* weights, const T* token_rows, T* y) const {
+    bool combine(const int32_t* ids, const float* weights, const A* token_rows, A* y) const {
         u32v finite = ~u32v{};
         const f32v limit = splat(std::numeric_limits<float>::max());
         for (int64_t i = 0; i < hidden; i += kLanes) {
@@ -114,13 +112,13 @@ struct Layer {
                 if (ids[place] < 0) continue;
                 total = total + load(token_rows + place * hidden + i, hidden - i) * weights[place];
             }
-            total = rounded_to<T>(total);
+            total = rounded_to<A>(total);
             finite &= (u32v)(total <= limit) & (u32v)(total >= -limit);
             store(y + i, total, hidden - i);
         }
         bool failed = false;
         for (int lane = 0; lane < kLanes; ++lane) failed |= finite[lane] == 0;
-        if (failed) std::memset(static_cast<void*>(y), 0, static_cast<size_t>(hidden) * sizeof(T));
+        if (failed) std::memset(static_cast<void*>(y), 0, static_cast<size_t>(hidden) * sizeof(A));
         return failed;
     }
 };
@@ -139,10 +137,11 @@ void for_each_tile(const Pairs& pairs, int64_t num_w, int64_t row_bytes, int64_t
 }
 
 template <class T>
-int32_t moe(const T* x, int64_t x_stride, const int32_t* topk_ids, const float* topk_weights, const T* const* gate,
-            const T* const* up, const T* const* down, T* y, uint8_t* failed, int64_t n, int64_t topk,
-            int64_t num_experts, int64_t hidden, int64_t intermediate) {
+int32_t moe(const typename Dot<T>::Activation* x, int64_t x_stride, const int32_t* topk_ids, const float* topk_weights,
+            const T* const* gate, const T* const* up, const T* const* down, typename Dot<T>::Activation* y,
+            uint8_t* failed, int64_t n, int64_t topk, int64_t num_experts, int64_t hidden, int64_t intermediate) {
     using Packed = typename Dot<T>::Packed;
+    using A = typename Dot<T>::Activation;
     const Pairs pairs = group_by_expert(topk_ids, n * topk, num_experts);
     if (pairs.num_groups < 0) return -1;
     for (int64_t g = 0; g < pairs.num_groups; ++g)
@@ -158,7 +157,7 @@ int32_t moe(const T* x, int64_t x_stride, const int32_t* topk_ids, const float* 
                          topk,
                          inputs.get<Packed>(n * in_stride),
                          activations.get<Packed>(pairs.count * act_stride),
-                         rows.get<T>(n * topk * hidden),
+                         rows.get<A>(n * topk * hidden),
                          pairs};
     const int64_t pack_rows = 1 + 65536 / hidden;
     parallel_for(ceil_div(n, pack_rows), [&](int64_t task) {
@@ -187,11 +186,12 @@ extern "C" int32_t bk_moe(const void* x, int64_t x_stride, const int32_t* topk_i
                           uint8_t* failed, int64_t n, int64_t topk, int64_t num_experts, int64_t hidden,
                           int64_t intermediate, int32_t dtype) {
     int32_t status = 0;
-    bk::dispatch(dtype, [&](auto t) {
+    bk::dispatch_weights(dtype, [&](auto t) {
         using T = decltype(t);
+        using A = typename bk::Dot<T>::Activation;
         status =
-            bk::moe(static_cast<const T*>(x), x_stride, topk_ids, topk_weights, reinterpret_cast<const T* const*>(gate),
-                    reinterpret_cast<const T* const*>(up), reinterpret_cast<const T* const*>(down), static_cast<T*>(y),
+            bk::moe(static_cast<const A*>(x), x_stride, topk_ids, topk_weights, reinterpret_cast<const T* const*>(gate),
+                    reinterpret_cast<const T* const*>(up), reinterpret_cast<const T* const*>(down), static_cast<A*>(y),
                     failed, n, topk, num_experts, hidden, intermediate);
     });
     return status;

@@ -38,6 +38,11 @@ struct bf16 {
     uint16_t bits;
 };
 
+// A float16 in memory: weights only. It is widened exactly, and activations beside it are float32.
+struct f16 {
+    uint16_t bits;
+};
+
 template <class V>
 BK_INLINE V load_raw(const void* p) {
     V v;
@@ -70,6 +75,19 @@ BK_INLINE f32v max(f32v a, f32v b) { return a > b ? a : b; }
 // ---- loads and stores of `count` <= kLanes elements; missing ones read as zero and are not written
 
 BK_INLINE f32v widen(u16v v) { return (f32v)(__builtin_convertvector(v, u32v) << 16); }
+
+BK_INLINE f32v widen_half(u16v v) {
+#if defined(__AVX512F__)
+    return (f32v)_mm512_cvtph_ps((__m256i)v);
+#elif defined(__F16C__)
+    return (f32v)_mm256_cvtph_ps((__m128i)v);
+#else
+    // The magnitude's bits as a float's are too small by 2^112, subnormals included; infinities and NaNs are set apart.
+    u32v bits = __builtin_convertvector(v, u32v), magnitude = (bits & 0x7fffu) << 13;
+    u32v finite = (u32v)((f32v)magnitude * splat(0x1p112f));
+    return (f32v)(((magnitude >= (0x7c00u << 13)) ? (magnitude | 0x7f800000u) : finite) | (bits & 0x8000u) << 16);
+#endif
+}
 
 // Round to nearest even, as torch does. A NaN stays one.
 BK_INLINE u16v narrow(f32v v) {
@@ -108,7 +126,17 @@ BK_INLINE f32v rounded_to<bf16>(f32v v) {
     return widen(narrow(v));
 }
 
-// ---- sums across lanes: lane i with lane i + half, until four are left; then (0 + 2) + (1 + 3)
+// ---- sums across lanes: in every four neighbours (0 + 2) + (1 + 3), then the fours, half with half
+
+#if defined(__AVX512F__)
+#define BK_SHUFFLE(a, b, i, j, k, l)                                                                                  \
+    __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12, \
+                            k + 12, l + 12)
+#elif defined(__AVX2__)
+#define BK_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
+#else
+#define BK_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#endif
 
 BK_INLINE f32x4 fold_to_four(f32v v) {
 #if defined(__AVX512F__)
@@ -122,18 +150,15 @@ BK_INLINE f32x4 fold_to_four(f32v v) {
 #endif
 }
 
-// The sums of four vectors, each in the same order as sum() below.
+// The sums of four vectors at once, which costs little more than one.
 BK_INLINE f32x4 sum_each(f32v a, f32v b, f32v c, f32v d) {
-    f32x4 p = fold_to_four(a), q = fold_to_four(b), r = fold_to_four(c), s = fold_to_four(d);
-    f32x4 pq = __builtin_shufflevector(p, q, 0, 4, 1, 5) + __builtin_shufflevector(p, q, 2, 6, 3, 7);
-    f32x4 rs = __builtin_shufflevector(r, s, 0, 4, 1, 5) + __builtin_shufflevector(r, s, 2, 6, 3, 7);
-    return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
+    constexpr int n = kLanes;
+    f32v ab = BK_SHUFFLE(a, b, 0, n, 1, n + 1) + BK_SHUFFLE(a, b, 2, n + 2, 3, n + 3);
+    f32v cd = BK_SHUFFLE(c, d, 0, n, 1, n + 1) + BK_SHUFFLE(c, d, 2, n + 2, 3, n + 3);
+    return fold_to_four(BK_SHUFFLE(ab, cd, 0, 1, n, n + 1) + BK_SHUFFLE(ab, cd, 2, 3, n + 2, n + 3));
 }
 
-BK_INLINE float sum(f32v v) {
-    f32x4 p = fold_to_four(v);
-    return (p[0] + p[2]) + (p[1] + p[3]);
-}
+BK_INLINE float sum(f32v v) { return sum_each(v, v, v, v)[0]; }
 
 BK_INLINE float max_lane(f32v v) {
     float best = v[0];
