@@ -30,6 +30,7 @@ from router.messages import (
 )
 
 CLOSE_SECONDS = 5.0
+STATS_SECONDS = 2.0
 
 
 class EngineProcess:
@@ -120,7 +121,11 @@ class EngineProcess:
         answer: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
         self._stats.append(answer)
         self._send(GetStats())
-        return await answer
+        try:
+            return await asyncio.wait_for(answer, STATS_SECONDS)
+        except TimeoutError:
+            message = f"The engine has not answered for {STATS_SECONDS} s; it may be in a long step."
+            raise EngineFailed(message, status=503, code="engine_busy") from None
 
     async def close(self) -> None:
         """End the engine; kill it if it does not go by itself. Every open request gets its Failed event."""
@@ -143,15 +148,21 @@ class EngineProcess:
             self._writer.write(frame(encode(command)))
 
     async def _route(self, reader: asyncio.StreamReader) -> None:
-        while (payload := await read_frame_async(reader)) is not None:
-            event = decode_event(payload)
-            if isinstance(event, StepEvents):
-                items: tuple[Token | Failed, ...] = (*event.tokens, *event.failed)
-                for item in items:
-                    if (queue := self._open.get(item.request_id)) is not None:
-                        queue.put_nowait(item)
-            elif isinstance(event, Stats):
-                self._answer_stats(event)
+        try:
+            while (payload := await read_frame_async(reader)) is not None:
+                event = decode_event(payload)
+                if isinstance(event, StepEvents):
+                    items: tuple[Token | Failed, ...] = (*event.tokens, *event.failed)
+                    for item in items:
+                        if (queue := self._open.get(item.request_id)) is not None:
+                            queue.put_nowait(item)
+                elif isinstance(event, Stats):
+                    self._answer_stats(event)
+        finally:
+            self._end_all()
+
+    def _end_all(self) -> None:
+        """The engine has gone, or speaks what we do not understand: nobody may wait for it any more."""
         self.died.set()
         for request_id, queue in self._open.items():
             queue.put_nowait(_dead(request_id))

@@ -24,7 +24,7 @@ from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from barista.errors import ConfigError, InvalidRequest, Overloaded
+from barista.errors import ConfigError, InvalidRequest
 from router.kv_cache.blocks import BlockPool, chain_keys
 from router.request import Sequence, Status
 
@@ -65,8 +65,7 @@ class Scheduler:
     """Call `schedule`, compute the plan, call `update` with what was drawn; `add` and `abort` at any time between.
 
     pool: the KV blocks. max_num_seqs: sequences that run at once. max_num_batched_tokens: tokens in one step.
-    max_model_len: tokens in one sequence. max_waiting, max_waiting_tokens: the queue's bounds, in requests and in
-    tokens. eos_token_ids: end a sequence unless it ignores them.
+    max_model_len: tokens in one sequence. eos_token_ids: end a sequence unless it ignores them.
 
     Raises ConfigError if a step could not hold one token of every running sequence.
     """
@@ -78,8 +77,6 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
-        max_waiting: int,
-        max_waiting_tokens: int,
         eos_token_ids: Collection[int] = (),
     ) -> None:
         if not 0 < max_num_seqs <= max_num_batched_tokens:
@@ -92,8 +89,6 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
-        self.max_waiting = max_waiting
-        self.max_waiting_tokens = max_waiting_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
@@ -109,10 +104,9 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence.
 
-        Raises InvalidRequest if it could never run here, Overloaded (503) if the queue is full.
+        The API bounds what may wait. Raises InvalidRequest if it could never run here.
         """
         self._refuse_impossible(sequence)
-        self._refuse_when_full(sequence)
         sequence.arrival = self._num_arrived
         self._num_arrived += 1
         self._sequences[sequence.request_id] = sequence
@@ -180,17 +174,6 @@ class Scheduler:
                 f"{num_prompt} prompt tokens and max_tokens {max_tokens} exceed the KV cache of {capacity} tokens; "
                 "shorten the prompt, lower max_tokens or start the server with a larger KV cache",
                 code="context_length_exceeded",
-            )
-
-    def _refuse_when_full(self, sequence: Sequence) -> None:
-        queued_tokens = sum(waiting.num_tokens for waiting in self.waiting)
-        too_many_tokens = bool(self.waiting) and queued_tokens + sequence.num_tokens > self.max_waiting_tokens
-        if len(self.waiting) >= self.max_waiting or too_many_tokens:
-            raise Overloaded(
-                f"the queue is full: {len(self.waiting)} requests with {queued_tokens} tokens wait (at most "
-                f"{self.max_waiting} and {self.max_waiting_tokens}); retry later",
-                code="overloaded",
-                retry_after=1,
             )
 
     def _schedule_decodes(self) -> list[ScheduledChunk]:

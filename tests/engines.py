@@ -25,8 +25,6 @@ def engine_on(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_model_len=min(256, blocks * block_size),
-        max_waiting=10_000,
-        max_waiting_tokens=10**9,
         eos_token_ids=tuple(eos),
     )
     return Engine(model, scheduler)

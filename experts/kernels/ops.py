@@ -152,8 +152,8 @@ def gate(router_logits: Tensor, spec: GateSpec, select_bias: Tensor | None = Non
     """Each token's top-k experts and their weights, in the order of operations of the families' routers (GateSpec).
 
     router_logits: [n, num_experts] float32, contiguous; select_bias: [num_experts] float32.
-    Returns topk_ids [n, top_k] int32, best first, and topk_weights [n, top_k] float32. Of equal experts at the end of the
-    top-k those are chosen that torch.topk chooses.
+    Returns topk_ids [n, top_k] int32, best first, and topk_weights [n, top_k] float32. Of equal experts at the end of
+    the top-k those are chosen that torch.topk chooses.
     """
     functions = current()
     if functions is None:
@@ -179,7 +179,8 @@ def gate(router_logits: Tensor, spec: GateSpec, select_bias: Tensor | None = Non
 def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertTable) -> tuple[Tensor, Tensor]:
     """The routed experts of one layer: the weighted sum of each token's expert rows.
 
-    hidden_states: [n, hidden], in the experts' dtype, float32 for float16; topk_ids: [n, k] int32, -1 for none; topk_weights: [n, k] float32; both contiguous.
+    hidden_states: [n, hidden], in the experts' dtype, float32 for float16; topk_ids: [n, k] int32, -1 for none;
+    topk_weights: [n, k] float32; both contiguous.
     An expert computes down(silu(gate(x)) * up(x)), rounding to the dtype after each step; its row is weighted and added
     in float32 in top-k order, and the sum is rounded once.
     Returns rows [n, hidden] and failed [n] bool: a row in which anything is not finite is zeros.

@@ -19,6 +19,9 @@ from router.scheduler import ScheduledChunk, Scheduler, StepPlan
 log = logging.getLogger(__name__)
 
 NONFINITE = "The model gave values that are not finite for this request."
+INTERNAL = "The engine failed in a step of this request."
+# Steps in a row that may fail before the engine gives up: one may be a request's fault or a moment without memory.
+MAX_FAILED_STEPS = 3
 
 
 class Engine:
@@ -37,6 +40,7 @@ class Engine:
         self._steps = 0
         self._step_seconds = 0.0
         self._iteration_tokens = 0
+        self._failed_steps = 0
 
     @property
     def has_work(self) -> bool:
@@ -69,7 +73,7 @@ class Engine:
         plan = self._scheduler.schedule()
         tokens: tuple[Token, ...] = ()
         if plan.chunks:
-            tokens = self._compute(plan)
+            tokens = self._guarded(plan)
             self._steps += 1
             self._step_seconds += time.perf_counter() - started
             self._iteration_tokens += plan.num_tokens
@@ -99,6 +103,22 @@ class Engine:
         bad = next((i for i in (*request.prompt_token_ids, *request.sampling.logit_bias) if not 0 <= i < vocab), None)
         if bad is not None:
             raise InvalidRequest(f"token id {bad} is outside the vocabulary of {vocab}", code="invalid_request")
+
+    def _guarded(self, plan: StepPlan) -> tuple[Token, ...]:
+        """Compute a step. If that raises, its requests fail and the others go on; raises when it keeps happening."""
+        try:
+            tokens = self._compute(plan)
+        except Exception:
+            self._failed_steps += 1
+            if self._failed_steps >= MAX_FAILED_STEPS:
+                raise
+            log.exception("A step of %d tokens failed; its %d requests end.", plan.num_tokens, len(plan.chunks))
+            for chunk in plan.chunks:
+                self._scheduler.abort(chunk.sequence.request_id)
+                self._failed.append(Failed(chunk.sequence.request_id, "internal", INTERNAL))
+            return ()
+        self._failed_steps = 0
+        return tokens
 
     def _compute(self, plan: StepPlan) -> tuple[Token, ...]:
         logits, failed = self._model.trunk.forward(make_batch(plan, self._block_size), self._cache, self._steps)

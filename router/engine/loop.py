@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from barista.errors import BaristaError
+from barista.errors import BaristaError, ConfigError
 from barista.machine import available_memory
 from experts import kernels
 from experts.checkpoint import open_checkpoint
 from experts.formats import held_dtype
-from router.engine.core import Engine, kv_blocks, model_info
+from router.engine.core import Engine, kv_blocks, kv_bytes_per_token, model_info
 from router.framing import frame, read_frame
 from router.kv_cache.blocks import BlockPool
 from router.messages import (
@@ -38,9 +38,6 @@ from router.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
 
-# The API bounds what may wait; the engine accepts all that the API lets through.
-UNBOUNDED = 2**62
-
 
 def serve(sock: socket.socket) -> None:
     """Load what the first frame asks for, then step while there is work. Returns when the peer has gone."""
@@ -51,6 +48,9 @@ def serve(sock: socket.socket) -> None:
         engine, ready = _start(decode_config(first), sock)
     except BaristaError as error:
         _send(sock, Fatal(error.message, error.remedy))
+        return
+    except MemoryError:
+        _send(sock, Fatal("There is not enough memory to load the model.", "See `barista inspect`; try --format bf16."))
         return
     _send(sock, ready)
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -72,23 +72,36 @@ def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready]:
         config.max_model_len,
         lambda fraction, message: _send(sock, Loading(fraction, message)),
     )
-    blocks = kv_blocks(model, config.block_size, config.kv_cache_tokens, config.kv_cache_bytes, available_memory())
+    free = available_memory()
+    blocks = kv_blocks(model, config.block_size, config.kv_cache_tokens, config.kv_cache_bytes, free)
+    size = blocks * config.block_size * kv_bytes_per_token(model)
+    if size > free:
+        raise ConfigError(
+            f"A KV cache of {size:,} bytes does not fit into the {free:,} bytes that are free.",
+            f"Ask for at most {free // kv_bytes_per_token(model):,} tokens (--kv-cache-tokens).",
+        )
     scheduler = Scheduler(
         BlockPool(blocks, config.block_size),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=min(model.trunk.max_len, blocks * config.block_size),
-        max_waiting=UNBOUNDED,
-        max_waiting_tokens=UNBOUNDED,
         eos_token_ids=config.eos_token_ids,
     )
-    return Engine(model, scheduler), Ready(model_info(model, scheduler, kernels.numerics_id()))
+    return Engine(model, scheduler), Ready(model_info(model, scheduler, numerics_id(model.dtype)))
+
+
+def numerics_id(dtype: torch.dtype) -> str:
+    """Names all that the bytes of an answer depend on beside the weights: kernels, instruction set, torch, dtype."""
+    version = ".".join(torch.__version__.split(".")[:2])
+    return f"{kernels.numerics_id()}-torch{version}-{str(dtype).removeprefix('torch.')}"
 
 
 def _read_commands(sock: socket.socket, commands: queue.SimpleQueue[Command]) -> None:
-    while (payload := read_frame(sock)) is not None:
-        commands.put(decode_command(payload))
-    os._exit(0)  # The API has gone, however it went. Nothing here outlives it, and a step may be under way.
+    try:
+        while (payload := read_frame(sock)) is not None:
+            commands.put(decode_command(payload))
+    finally:
+        os._exit(0)  # The API has gone, however it went. Nothing here outlives it, and a step may be under way.
 
 
 def _apply_all(engine: Engine, commands: queue.SimpleQueue[Command], sock: socket.socket) -> None:

@@ -23,7 +23,7 @@ def build_attention(spec: AttentionSpec, load: Load) -> GQAttention | MLAttentio
 
 
 class GQAttention:
-    """q, k and v in one matrix product where their weights can be joined without a second copy of the checkpoint."""
+    """One layer's grouped-query attention."""
 
     def __init__(self, spec: GQASpec, load: Load) -> None:
         self.spec = spec

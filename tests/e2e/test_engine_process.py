@@ -154,3 +154,28 @@ def test_a_checkpoint_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
 
     with pytest.raises(BaristaError, match=r"model\.safetensors"):
         asyncio.run(start())
+
+
+def test_a_cache_larger_than_memory_is_refused_with_what_would_fit(checkpoint: Path) -> None:
+    async def start() -> None:
+        engine = EngineProcess(EngineConfig(path=str(checkpoint), kv_cache_bytes=10**15))
+        try:
+            await engine.start()
+        finally:
+            await engine.close()
+
+    with pytest.raises(BaristaError, match="--kv-cache-tokens"):
+        asyncio.run(start())
+
+
+def test_an_engine_that_does_not_answer_does_not_hold_up_who_asks(checkpoint: Path) -> None:
+    async def body(engine: EngineProcess) -> None:
+        os.kill(engine.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(EngineFailed, match="not answered"):
+                await engine.stats()
+        finally:
+            os.kill(engine.pid, signal.SIGCONT)
+        assert (await engine.stats()).num_requests_running == 0
+
+    with_engine(checkpoint, body)

@@ -101,3 +101,29 @@ def test_unasked_the_cache_takes_a_gibibyte_but_never_half_of_what_is_free(model
     per_block = 16 * kv_bytes_per_token(model)
     assert kv_blocks(model, 16, None, None, 10**12) == 2**30 // per_block
     assert kv_blocks(model, 16, None, None, 2**20) == 2**19 // per_block
+
+
+def test_a_step_that_raises_ends_its_requests_and_no_others(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_on(model)
+    forward = model.trunk.forward
+
+    def out_of_memory(*args: object) -> None:
+        raise MemoryError
+
+    engine.submit(request("hit", [5, 6], max_tokens=3))
+    monkeypatch.setattr(model.trunk, "forward", out_of_memory)
+    recorder = Recorder()
+    recorder.record(engine.step())
+    assert recorder.failed == {"hit": "internal"}
+    assert engine.stats().kv_blocks_used == 0
+    monkeypatch.setattr(model.trunk, "forward", forward)
+    assert len(answer(engine, [request("next", [5, 6], max_tokens=3)]).tokens["next"]) == 3
+
+
+def test_an_engine_whose_steps_keep_raising_gives_up(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(model.trunk, "forward", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        answer(engine_on(model), [request(str(i), [5, 6], max_tokens=3) for i in range(99)])

@@ -31,8 +31,7 @@ def run(
     """Logits [len(forced) + 1, vocab] of each sequence: after its prompt, then after each forced token."""
     pool = BlockPool(64, BLOCK)
     scheduler = Scheduler(
-        pool, max_num_seqs=8, max_num_batched_tokens=max_tokens_per_step, max_model_len=256, max_waiting=99,
-        max_waiting_tokens=9999,
+        pool, max_num_seqs=8, max_num_batched_tokens=max_tokens_per_step, max_model_len=256,
     )  # fmt: skip
     cache = allocate_cache(model.spec, pool.num_blocks, BLOCK, model.dtype)
     sequences = [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from barista.errors import ConfigError, InvalidRequest, Overloaded
+from barista.errors import ConfigError, InvalidRequest
 from router.kv_cache.blocks import BlockPool
 from router.messages import SamplingParams
 from router.request import Sequence, Status
@@ -14,8 +14,6 @@ def make_scheduler(num_blocks: int = 64, block_size: int = 2, **limits: int) -> 
         "max_num_seqs": 4,
         "max_num_batched_tokens": 8,
         "max_model_len": 64,
-        "max_waiting": 16,
-        "max_waiting_tokens": 256,
     }
     return Scheduler(BlockPool(num_blocks, block_size), **(defaults | limits), eos_token_ids=(99,))
 
@@ -231,22 +229,6 @@ def test_a_request_id_in_use_is_refused():
     scheduler.add(make_sequence("a", 1))
     with pytest.raises(InvalidRequest, match="'a' is in use"):
         scheduler.add(make_sequence("a", 1))
-
-
-@pytest.mark.parametrize("limits", [{"max_waiting": 2}, {"max_waiting_tokens": 9}])
-def test_a_full_queue_refuses_with_a_time_to_retry(limits):
-    scheduler = make_scheduler(**limits)
-    scheduler.add(make_sequence("a", 4))
-    scheduler.add(make_sequence("b", 4))
-    with pytest.raises(Overloaded, match="2 requests with 8 tokens wait") as refused:
-        scheduler.add(make_sequence("c", 4))
-    assert (refused.value.status, refused.value.retry_after) == (503, 1)
-
-
-def test_an_empty_queue_takes_a_prompt_beyond_its_token_bound():
-    scheduler = make_scheduler(max_waiting_tokens=3)
-    scheduler.add(make_sequence("a", 4))
-    assert step(scheduler) == [("a", 0, 4)]
 
 
 def test_a_budget_below_the_number_of_sequences_is_refused():

@@ -96,8 +96,6 @@ def schedulers(draw: st.DrawFn) -> Scheduler:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_seqs + draw(st.integers(0, 12)),
         max_model_len=22,
-        max_waiting=100,
-        max_waiting_tokens=10_000,
         eos_token_ids=(EOS,),
     )
 
@@ -186,8 +184,6 @@ def test_answers_survive_preemption_and_prefix_hits():
         max_num_seqs=4,
         max_num_batched_tokens=6,
         max_model_len=16,
-        max_waiting=9,
-        max_waiting_tokens=99,
     )
     asked = [Request([0, 1, 0, index % 2], 9, b"", index, None, False) for index in range(6)]
     sequences = run(scheduler, asked)
