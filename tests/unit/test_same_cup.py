@@ -70,7 +70,7 @@ def alone(model: Model, submit: Submit) -> Recorder:
     return answer(engine_on(model), [submit])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(submits=requests(), setting=SETTINGS, stagger=st.integers(0, 3))
 def test_no_answer_changes_with_company_chunking_cache_or_pressure(
     model: Model, submits: list[Submit], setting: Setting, stagger: int
