@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from experts.checkpoint import Checkpoint
+from experts.checkpoint import Checkpoint, TensorInfo
 
 # Stored with no more precision than bfloat16 holds; every other stored dtype is held in float32 unless told otherwise.
 HELD_AS_BF16 = ("BF16", "F8_E4M3")
 FORMATS = {"float32": "float32", "bf16": "bfloat16"}
+BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def main_dtype(checkpoint: Checkpoint) -> str:
@@ -24,3 +25,12 @@ def held_dtype(checkpoint: Checkpoint, wanted: str = "auto") -> str:
     if wanted != "auto":
         return FORMATS[wanted]
     return "bfloat16" if main_dtype(checkpoint) in HELD_AS_BF16 else "float32"
+
+
+def held_dtype_of(info: TensorInfo, model_dtype: str) -> str:
+    """The dtype that a tensor is held in: the model's, but a float16 matrix of a float32 model stays as it is stored.
+
+    The kernels widen it exactly, so that the results are those of float32 weights at half the bytes.
+    """
+    stays = info.dtype == "F16" and len(info.shape) == 2 and model_dtype == "float32"
+    return "float16" if stays else model_dtype

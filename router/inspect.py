@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from experts.checkpoint import Checkpoint
 from experts.checkpoint.names import SCALE_SUFFIX, check_names
-from experts.formats import held_dtype, main_dtype
+from experts.formats import BYTES_PER_VALUE, held_dtype, held_dtype_of, main_dtype
 from router.model.families import model_spec
 from router.model.spec import ModelSpec, MoESpec
 from router.model.tensors import count_parameters, expert_tensors, ignored_tensors, trunk_tensors
@@ -22,13 +23,15 @@ class Inspection:
     """One model's figures. Parameters are weights, sizes are bytes.
 
     parameters: all that are used. active_parameters: those read for one token, without the input embedding table
-    unless it is the head too. file_bytes: used tensors as stored; active_bytes_per_token: the part of them that one
-    token reads. memory_bytes: what serving needs, the weights and the KV cache of one conversation of 4,096 tokens.
-    num_experts, top_k: in one MoE layer, 0 for a dense model. shared_intermediate_size: of the shared experts' FFN.
+    unless it is the head too. dtype, file_bytes: of the tensors as stored. held_dtype, held_bytes: as the engine holds
+    them in memory, which is what a token reads of: active_bytes_per_token. memory_bytes: what serving needs, the held
+    weights and the KV cache of one conversation of 4,096 tokens. num_experts, top_k: in one MoE layer, 0 for a dense
+    model. shared_intermediate_size: of the shared experts' FFN.
     """
 
     family: str
     dtype: str
+    held_dtype: str
     num_layers: int
     num_moe_layers: int
     num_experts: int
@@ -38,6 +41,7 @@ class Inspection:
     parameters: int
     active_parameters: int
     file_bytes: int
+    held_bytes: int
     active_bytes_per_token: int
     kv_bytes_per_token: int
     memory_bytes: int
@@ -54,13 +58,13 @@ def inspect_checkpoint(checkpoint: Checkpoint, memory_available: int) -> Inspect
     check_names(trunk_tensors(spec) | expert_tensors(spec), checkpoint, ignored_tensors(spec))
     moe_layers = [layer for layer in spec.layers if isinstance(layer, MoESpec)]
     parameters, active_parameters = count_parameters(spec)
-    trunk, experts = stored_bytes(checkpoint, trunk_tensors(spec)), stored_bytes(checkpoint, expert_tensors(spec))
-    bytes_per_value = 2 if held_dtype(checkpoint) == "bfloat16" else 4
-    kv_bytes = spec.kv_values_per_token * bytes_per_value
-    memory = parameters * bytes_per_value + kv_bytes * min(CONVERSATION, spec.max_position)
+    held = held_bytes(checkpoint, spec)
+    kv_bytes = spec.kv_values_per_token * BYTES_PER_VALUE[held_dtype(checkpoint)]
+    memory = sum(held.values()) + kv_bytes * min(CONVERSATION, spec.max_position)
     return Inspection(
         family=spec.family,
         dtype=main_dtype(checkpoint),
+        held_dtype=held_dtype(checkpoint),
         num_layers=spec.num_layers,
         num_moe_layers=len(moe_layers),
         num_experts=spec.num_experts,
@@ -69,8 +73,9 @@ def inspect_checkpoint(checkpoint: Checkpoint, memory_available: int) -> Inspect
         max_model_len=spec.max_position,
         parameters=parameters,
         active_parameters=active_parameters,
-        file_bytes=trunk + experts,
-        active_bytes_per_token=_active_trunk_bytes(checkpoint, spec, trunk) + _active_expert_bytes(checkpoint, spec),
+        file_bytes=stored_bytes(checkpoint, held),
+        held_bytes=sum(held.values()),
+        active_bytes_per_token=_active_bytes(spec, held),
         kv_bytes_per_token=kv_bytes,
         memory_bytes=memory,
         memory_available=memory_available,
@@ -87,19 +92,31 @@ def stored_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     return total
 
 
-def _active_trunk_bytes(checkpoint: Checkpoint, spec: ModelSpec, trunk: int) -> int:
-    """Of an untied embedding table a token reads one row."""
-    if spec.tied_embeddings:
-        return trunk
-    table = stored_bytes(checkpoint, [EMBEDDING])
-    return trunk - table + table // spec.vocab_size
+def held_bytes(checkpoint: Checkpoint, spec: ModelSpec) -> dict[str, int]:
+    """Bytes of each used tensor as the engine holds it: dequantised, and in float32 where the gate computes in it."""
+    model_dtype, float32 = held_dtype(checkpoint), _float32_tensors(spec)
+    held = {}
+    for name, shape in (trunk_tensors(spec) | expert_tensors(spec)).items():
+        dtype = "float32" if name in float32 else held_dtype_of(checkpoint.tensors[name], model_dtype)
+        held[name] = math.prod(shape) * BYTES_PER_VALUE[dtype]
+    return held
 
 
-def _active_expert_bytes(checkpoint: Checkpoint, spec: ModelSpec) -> int:
-    """In each layer the top-k's share of its experts, which are all of one size."""
-    total = 0
+def _float32_tensors(spec: ModelSpec) -> set[str]:
+    """Gates with float32 logits, and the biases of their choice."""
+    moe_layers = [(index, layer) for index, layer in enumerate(spec.layers) if isinstance(layer, MoESpec)]
+    gates = {layer.gate_name.format(layer=i) for i, layer in moe_layers if layer.gate.float32_logits}
+    return gates | {layer.select_bias_name.format(layer=i) for i, layer in moe_layers}
+
+
+def _active_bytes(spec: ModelSpec, held: dict[str, int]) -> int:
+    """What one token reads: the trunk, but one row of an untied embedding table, and the top-k's share of each layer's
+    experts, which are all of one size."""
+    total = sum(held[name] for name in trunk_tensors(spec))
+    if not spec.tied_embeddings:
+        total += held[EMBEDDING] // spec.vocab_size - held[EMBEDDING]
     for index, layer in enumerate(spec.layers):
         if isinstance(layer, MoESpec):
-            names = [name for e in range(layer.gate.num_experts) for name in layer.experts.tensors(index, e)]
-            total += stored_bytes(checkpoint, names) * layer.gate.top_k // layer.gate.num_experts
+            names = (name for e in range(layer.gate.num_experts) for name in layer.experts.tensors(index, e))
+            total += sum(held[name] for name in names) * layer.gate.top_k // layer.gate.num_experts
     return total

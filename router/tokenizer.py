@@ -64,7 +64,7 @@ class Tokenizer:
             return _from_directory(path)
         gguf = find_gguf(path)
         if gguf is None:
-            raise CheckpointError(f"{path}: has no tokenizer.json.", "Download it again with: barista pull NAME")
+            raise _no_tokenizer(path)
         return _from_gguf(gguf)
 
     @property
@@ -198,6 +198,17 @@ def _from_directory(path: Path) -> Tokenizer:
         chat_template=_directory_template(path, config),
         # transformers' LlamaTokenizerFast adds BOS by this key even if tokenizer.json does not: DeepSeek-V3 needs it.
         add_bos_token=config.get("add_bos_token") is True,
+    )
+
+
+def _no_tokenizer(path: Path) -> CheckpointError:
+    """Some models (Kimi-K2) come with tiktoken's file and code of their own, which is never run here."""
+    if not (path / "tiktoken.model").is_file():
+        return CheckpointError(f"{path}: has no tokenizer.json.", "Download it again with: barista pull NAME")
+    return CheckpointError(
+        f"{path}: has tiktoken.model but no tokenizer.json, which Barista reads.",
+        "Convert it once, where transformers is installed: "
+        "AutoTokenizer.from_pretrained(PATH).save_pretrained(PATH) writes tokenizer.json.",
     )
 
 

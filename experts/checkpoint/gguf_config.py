@@ -89,12 +89,16 @@ class _Reader:
         kind = self.gguf.metadata.get(f"{self.prefix}.rope.scaling.type", "none")
         if kind == "none":
             return None
-        if kind not in ("linear", "yarn"):
-            raise CheckpointError(f"{self.gguf.path}: RoPE scaling {kind!r} is not supported.", "Known: linear, yarn.")
-        scaling: dict[str, Any] = {"rope_type": kind, "factor": self.real("rope.scaling.factor")}
-        if kind == "yarn":
-            scaling["original_max_position_embeddings"] = self.integer("rope.scaling.original_context_length")
-        return scaling
+        if kind != "yarn":
+            raise CheckpointError(
+                f"{self.gguf.path}: RoPE scaling {str(kind)[:80]!r} is not supported.",
+                "Known: none, yarn, Llama 3.1's.",
+            )
+        return {
+            "rope_type": "yarn",
+            "factor": self.real("rope.scaling.factor"),
+            "original_max_position_embeddings": self.integer("rope.scaling.original_context_length"),
+        }
 
     def _llama3_scaling(self, config: dict[str, Any]) -> dict[str, Any]:
         """Llama 3.1's parameters from the per-frequency divisors that the converter computed from them.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,18 +42,3 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...] = field(default=())
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors as stored."""
-        return sum(info.nbytes for info in self.tensors.values())
-
-    def digest(self) -> str:
-        """A cheap identity (64 hex digits): the configuration, the tensor table, and each file's size and mtime.
-
-        The weights themselves are not read, so two copies of one model on two disks have different digests.
-        """
-        table = [(i.name, i.dtype, i.shape, i.file.name, i.offset) for i in self.tensors.values()]
-        stats = [(file.name, stat.st_size, stat.st_mtime_ns) for file in self.files for stat in (file.stat(),)]
-        identity = json.dumps([self.config, sorted(table), sorted(stats)], sort_keys=True)
-        return hashlib.sha256(identity.encode()).hexdigest()

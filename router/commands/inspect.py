@@ -42,11 +42,13 @@ def _print(model: str, figures: Inspection) -> None:
         if figures.shared_intermediate_size:
             experts += f", shared FFN of {figures.shared_intermediate_size}"
     verdict = "fits" if figures.fits else "does not fit"
+    stored = f"{size(figures.file_bytes)} stored as {figures.dtype}"
+    held = f"{size(figures.held_bytes)} held in memory"
     rows = [
-        ("family", f"{figures.family}, {figures.num_layers} layers, stored as {figures.dtype}"),
+        ("family", f"{figures.family}, {figures.num_layers} layers, computed in {figures.held_dtype}"),
         ("experts", experts),
         ("parameters", f"{_count(figures.parameters)}, of which a token uses {_count(figures.active_parameters)}"),
-        ("weights", f"{size(figures.file_bytes)}, of which a token reads {size(figures.active_bytes_per_token)}"),
+        ("weights", f"{stored}, {held}, of which a token reads {size(figures.active_bytes_per_token)}"),
         ("KV cache", f"{figures.kv_bytes_per_token:,} bytes per token"),
         ("context", f"{figures.max_model_len:,} tokens"),
         ("memory", f"{verdict}: needs {size(figures.memory_bytes)}, {size(figures.memory_available)} are free"),

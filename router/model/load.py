@@ -9,6 +9,7 @@ import torch
 from experts import kernels
 from experts.checkpoint import Checkpoint, TensorInfo
 from experts.checkpoint.names import check_names
+from experts.formats import held_dtype_of
 from experts.pool import ExpertPool
 from experts.transport.local import LocalTransport
 from experts.weights import WeightReader
@@ -54,12 +55,9 @@ def load_model(
 
 
 def held_as(info: TensorInfo, model_dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a tensor is held in: the model's, but a float16 matrix of a float32 model stays as it is stored.
-
-    The kernels widen it exactly, so that the results are those of float32 weights at half the bytes.
-    """
-    stays = info.dtype == "F16" and len(info.shape) == 2 and model_dtype is torch.float32
-    return torch.float16 if stays else model_dtype
+    """torch's dtype for what experts/formats.py says of this tensor."""
+    dtype: torch.dtype = getattr(torch, held_dtype_of(info, str(model_dtype).removeprefix("torch.")))
+    return dtype
 
 
 def _local_pool(
