@@ -149,7 +149,7 @@ def _engine_metrics(stats: EngineStats) -> Iterator[Metric]:
     yield _gauge("kv_cache_usage_perc", "Used share of the KV blocks, 0..1.", usage)
     yield _counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries)
     yield _counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits)
-    yield _counter("num_preemptions", "Sequences swapped out for want of KV blocks.", stats.num_preemptions)
+    yield _counter("num_preemptions", "Sequences recomputed for want of KV blocks.", stats.num_preemptions)
     yield _summary("iteration_tokens_total", "Tokens per step.", stats.steps, stats.iteration_tokens)
     yield _summary("step_seconds", "Time of a step.", stats.steps, stats.step_seconds)
 

@@ -14,9 +14,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from barista.errors import CheckpointError, InvalidRequest
+from router.api.schemas import TemplateOptions
 
 # What a client may set in a template beside messages and tools.
-ALLOWED_KWARGS = frozenset({"enable_thinking", "thinking", "reasoning_effort"})
+ALLOWED_KWARGS = frozenset(TemplateOptions.model_fields)
 MAX_MESSAGE_CHARS = 300
 
 # What templates raise, in practice, for messages that they were not written for.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import logging
 import socket
 import subprocess
@@ -20,6 +19,7 @@ import typer
 from barista.config import ServeConfig
 from barista.errors import BaristaError, ConfigError
 from router.announce import base_url
+from router.loopback import is_loopback
 from router.models import BUILT_IN, resolve
 
 
@@ -64,14 +64,6 @@ def read_api_keys(config: ServeConfig) -> tuple[bytes, ...]:
     return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
 
 
-def is_loopback(host: str) -> bool:
-    """True if only this machine can connect to a server on `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def listen(host: str, port: int) -> socket.socket:
     """A socket bound to the address, so that nobody else takes it while the model loads. Raises ConfigError."""
     sock = None
@@ -81,6 +73,8 @@ def listen(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen()
+    except UnicodeError as error:
+        raise ConfigError(f"Cannot listen on {host!r}: no host has such a name.", "Correct --host.") from error
     except OSError as error:
         if sock is not None:
             sock.close()

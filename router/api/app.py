@@ -10,7 +10,7 @@ from router.api.admission import Admission
 from router.api.chat import chat_router
 from router.api.completions import completions_router
 from router.api.errors import install_error_handlers
-from router.api.middleware import ReadBody, RequireKey
+from router.api.middleware import CheckHost, ReadBody, RequireKey
 from router.api.openapi import install_document
 from router.api.operations import operations_router
 from router.api.service import Service
@@ -38,6 +38,8 @@ def create_app(
     install_document(app, needs_key=bool(settings.api_keys))
     app.add_middleware(ReadBody, settings=settings)
     app.add_middleware(RequireKey, settings=settings)
+    if not settings.api_keys:
+        app.add_middleware(CheckHost)
     app.state.drain = service.admission.drain
     app.state.wait_idle = service.admission.wait_idle
     return app

@@ -18,6 +18,8 @@ from router.api.schemas import CompletionRequest
 from router.api.service import Service
 from router.tokenizer import Tokenizer
 
+DEFAULT_MAX_TOKENS = 16  # as OpenAI and vLLM
+
 
 class CompletionFormat:
     """Choices as texts.
@@ -100,6 +102,7 @@ def completions_router(service: Service) -> APIRouter:
             num_prompts=len(prompts),
             max_tokens=body.max_tokens,
             logprobs=body.logprobs,
+            default_max_tokens=DEFAULT_MAX_TOKENS,
         )
         fmt = CompletionFormat(service.tokenizer, body.logprobs is not None, prefixes, body.n or 1)
         return answer(service, answer_id, body, generation, fmt)

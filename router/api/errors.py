@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from typing_extensions import TypedDict
 
-from barista.errors import EngineFailed, InvalidRequest, NotFound, Overloaded, RequestError
+from barista.errors import EngineFailed, InvalidRequest, NotFound, RequestError
 
 MAX_VALIDATION_ERRORS = 10
 MAX_ERROR_CHARS = 200
@@ -44,8 +44,6 @@ ENGINE_FAILURES: Mapping[str, Callable[[], RequestError]] = {
     "engine_dead": lambda: EngineFailed(
         "The engine stopped while it served this request. Send it again.", status=503, retry_after=5
     ),
-    "kv_exhausted": lambda: EngineFailed("The KV cache is full. Send it again later.", status=503, retry_after=2),
-    "overloaded": lambda: Overloaded("The server is busy. Send the request again later.", retry_after=2),
     "context_length_exceeded": lambda: InvalidRequest("The prompt and its answer do not fit the context."),
     "invalid_request": lambda: InvalidRequest("The engine refused this request."),
     "nonfinite": lambda: EngineFailed("The model computed a value that is not finite for this request."),

@@ -27,7 +27,7 @@ Prompts = list[tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class PlannedChoice:
     """What the engine is asked for one choice."""
 
     index: int
@@ -40,7 +40,7 @@ class Generation:
     """One request: `deltas` runs it, `usage` tells what it took.
 
     key: digest of the caller's API key, or b"". prepare: returns the token ids of every prompt; choice i of prompt p
-    has index p * n + i. max_tokens, logprobs: as for sampling_params.
+    has index p * n + i. max_tokens, default_max_tokens, logprobs: as for sampling_params.
     """
 
     service: Service
@@ -51,6 +51,7 @@ class Generation:
     num_prompts: int
     max_tokens: int | None
     logprobs: int | None
+    default_max_tokens: int | None = None
     _arrival: float = field(default_factory=time.perf_counter, init=False)
     _num_prompt_tokens: int = field(default=0, init=False)
     _num_completion_tokens: int = field(default=0, init=False)
@@ -91,10 +92,10 @@ class Generation:
             raise InvalidRequest(f"prompt: {self.num_prompts} is more than {settings.max_prompts}", param="prompt")
         return n * self.num_prompts
 
-    async def _sequences(self) -> list[Sequence]:
+    async def _sequences(self) -> list[PlannedChoice]:
         """Prompt and sampling of every choice, in the order of their indices."""
         model = self.service.loaded_model()
-        sequences: list[Sequence] = []
+        sequences: list[PlannedChoice] = []
         for prompt in await self.prepare():
             if not prompt:
                 raise InvalidRequest("The prompt is empty: send at least one token.", param="prompt")
@@ -103,13 +104,14 @@ class Generation:
                 model,
                 num_prompt_tokens=len(prompt),
                 max_tokens=self.max_tokens,
+                default_max_tokens=self.default_max_tokens,
                 logprobs=self.logprobs,
             )
             self._num_prompt_tokens += len(prompt)
-            sequences += [Sequence(index, prompt, sampling) for index, sampling in enumerate(choices, len(sequences))]
+            sequences += [PlannedChoice(i, prompt, sampling) for i, sampling in enumerate(choices, len(sequences))]
         return sequences
 
-    async def _merge(self, sequences: list[Sequence], ticket: Ticket) -> AsyncGenerator[Delta]:
+    async def _merge(self, sequences: list[PlannedChoice], ticket: Ticket) -> AsyncGenerator[Delta]:
         """All choices' deltas as they come. Leaving early cancels the tasks, which close the engine's iterators."""
         arrived: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         tasks = [asyncio.create_task(self._run(sequence, ticket, arrived)) for sequence in sequences]
@@ -126,7 +128,7 @@ class Generation:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, sequence: Sequence, ticket: Ticket, arrived: asyncio.Queue[Delta | Exception]) -> None:
+    async def _run(self, sequence: PlannedChoice, ticket: Ticket, arrived: asyncio.Queue[Delta | Exception]) -> None:
         """Put every Delta of one choice into `arrived`, or the exception that ended it."""
         try:
             last = await self._drive(sequence, ticket, arrived)
@@ -136,7 +138,7 @@ class Generation:
             # Only now, with the engine's iterator closed: whoever sees the last delta may cancel this task.
             arrived.put_nowait(last)
 
-    async def _drive(self, sequence: Sequence, ticket: Ticket, arrived: asyncio.Queue[Delta | Exception]) -> Delta:
+    async def _drive(self, sequence: PlannedChoice, ticket: Ticket, arrived: asyncio.Queue[Delta | Exception]) -> Delta:
         """Run one sequence until it ends or a stop string cuts it; returns its last Delta, all others have arrived."""
         choice = Choice(sequence.index, self.service.tokenizer, self.body.stops)
         timer = self.service.metrics.timer(self._arrival)

@@ -1,6 +1,6 @@
 """What stands before every route, as plain ASGI (a wrapper that buffers would break streams and disconnects).
 
-Outside in: keys, then the body. A request that fails here costs no parsing.
+Outside in: the host (without keys), keys, then the body. A request that fails here costs no parsing.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,8 +16,41 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from barista.errors import InvalidRequest, RequestError
 from router.api.errors import error_response
 from router.api.settings import ApiSettings
+from router.loopback import is_loopback
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
+
+
+HOST = re.compile(r"(?:\[([^\]]*)\]|([^:]*))(?::\d*)?")  # RFC 9110, section 7.2: an address or a name, and a port
+
+
+class CheckHost:
+    """Answers only to names of this machine, for a server without keys, which listens on loopback.
+
+    A web page whose own name is made to resolve to 127.0.0.1 (DNS rebinding) is of the server's origin to a browser,
+    so nothing else keeps it out; but the browser sends that name as Host.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on or answer 421 (ASGI)."""
+        if scope["type"] == "http" and not _names_this_machine(Headers(scope=scope).get("host", "")):
+            error = InvalidRequest(
+                "Without API keys this server answers to localhost and 127.0.0.1 only. Use such an address, or start "
+                "the server with --api-key-file.",
+                status=421,
+                code="wrong_host",
+            )
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _names_this_machine(host: str) -> bool:
+    match = HOST.fullmatch(host)
+    return match is not None and is_loopback(match[1] or match[2] or "")
 
 
 class RequireKey:

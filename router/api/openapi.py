@@ -15,12 +15,12 @@ def _errors(*statuses: int) -> Responses:
     return {status: {"model": ErrorBody} for status in statuses}
 
 
-GET_ERRORS = _errors(400, 401, 404, 405)
-POST_ERRORS = _errors(400, 401, 404, 405, 408, 413, 415, 500, 503)
+GET_ERRORS = _errors(400, 401, 404, 405, 421)
+POST_ERRORS = _errors(400, 401, 404, 405, 408, 413, 415, 421, 500, 503)
 GENERATION_ERRORS = {**POST_ERRORS, **_errors(429)}
 
 
-UNREADY = _errors(405, 503)
+UNREADY = _errors(405, 421, 503)
 TEXT: dict[str, Any] = {"description": "Prometheus text.", "content": {"text/plain": {"schema": {"type": "string"}}}}
 EVENT_STREAM: dict[str, Any] = {
     "description": "The answer, or with `stream` a server-sent event per chunk and `data: [DONE]` as the last.",

@@ -17,11 +17,18 @@ GREEDY_BELOW = 1e-5  # as vLLM: dividing logits by less overflows float32, and t
 
 
 def sampling_params(
-    body: GenerateRequest, model: ModelInfo, *, num_prompt_tokens: int, max_tokens: int | None, logprobs: int | None
+    body: GenerateRequest,
+    model: ModelInfo,
+    *,
+    num_prompt_tokens: int,
+    max_tokens: int | None,
+    default_max_tokens: int | None,
+    logprobs: int | None,
 ) -> list[SamplingParams]:
     """One SamplingParams per choice of one prompt.
 
-    max_tokens: as asked, or None for the rest of the context. logprobs: alternatives to report, or None.
+    max_tokens: as asked, or None for default_max_tokens as far as the context has room; None there is all the room.
+    logprobs: alternatives to report, or None.
     Raises InvalidRequest: the prompt and max_tokens exceed the context, a token id is out of the vocabulary, or n > 1
     with greedy decoding.
     """
@@ -40,7 +47,7 @@ def sampling_params(
         frequency_penalty=body.frequency_penalty or 0.0,
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias=_logit_bias(body, model.vocab_size),
-        max_tokens=_token_budget(num_prompt_tokens, max_tokens, model),
+        max_tokens=_token_budget(num_prompt_tokens, max_tokens, default_max_tokens, model),
         stop_token_ids=tuple(check_token_ids(body.stop_token_ids or (), model.vocab_size, "stop_token_ids")),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
@@ -74,8 +81,8 @@ def _logit_bias(body: GenerateRequest, vocab_size: int) -> dict[int, float]:
     return bias
 
 
-def _token_budget(num_prompt_tokens: int, max_tokens: int | None, model: ModelInfo) -> int:
-    """How many tokens may be drawn: what was asked, or all that fits."""
+def _token_budget(num_prompt_tokens: int, max_tokens: int | None, default: int | None, model: ModelInfo) -> int:
+    """How many tokens may be drawn: what was asked, or what fits of the default."""
     limit = min(model.max_model_len, model.kv_capacity_tokens)
     room = limit - num_prompt_tokens
     if room < (max_tokens or 1):
@@ -85,4 +92,6 @@ def _token_budget(num_prompt_tokens: int, max_tokens: int | None, model: ModelIn
             param="max_tokens" if room > 0 else None,
             code="context_length_exceeded",
         )
-    return room if max_tokens is None else max_tokens
+    if max_tokens is not None:
+        return max_tokens
+    return room if default is None else min(default, room)

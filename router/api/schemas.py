@@ -123,7 +123,7 @@ class Message(StrictModel):
 
 
 class TemplateOptions(StrictModel):
-    """What a client may tell a chat template beside the messages (router.chat_template.ALLOWED_KWARGS)."""
+    """What a client may tell a chat template beside the messages; router.chat_template lets nothing else in."""
 
     enable_thinking: bool | None = None
     thinking: bool | None = None

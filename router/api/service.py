@@ -7,7 +7,6 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TypeVar
 
 from barista.errors import InvalidRequest, NotFound, Overloaded
@@ -28,7 +27,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Service:
-    """One application's parts. chat_template: None if the model has none."""
+    """One application's parts. chat_template: None if the model has none.
+
+    max_token_chars: the most characters that one token stands for. It takes a walk over the whole vocabulary, so it is
+    done here, before anyone waits.
+    """
 
     engine: EngineClient
     tokenizer: Tokenizer
@@ -37,6 +40,11 @@ class Service:
     admission: Admission
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
+    max_token_chars: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        longest = max(len(self.tokenizer.token_bytes(token_id)) for token_id in range(self.tokenizer.vocab_size))
+        object.__setattr__(self, "max_token_chars", longest)
 
     @property
     def ready(self) -> bool:
@@ -54,8 +62,7 @@ class Service:
     async def encode(self, text: str, *, add_special_tokens: bool, param: str = "prompt") -> tuple[int, ...]:
         """Token ids of a text. Raises InvalidRequest if it cannot fit the context, long before tokenising it."""
         max_model_len = self.engine.model.max_model_len
-        # A token has at least one character, so short texts never ask for the longest token.
-        if len(text) > max_model_len and len(text) > max_model_len * self._max_token_chars:
+        if len(text) > max_model_len * self.max_token_chars:
             raise InvalidRequest(
                 f"The maximum context length is {max_model_len} tokens; {len(text)} characters cannot fit.",
                 param=param,
@@ -83,11 +90,6 @@ class Service:
     def check_prompt_ids(self, token_ids: list[int]) -> tuple[int, ...]:
         """Token ids that a client sent. Raises InvalidRequest if one is out of the vocabulary."""
         return tuple(check_token_ids(token_ids, self.engine.model.vocab_size, "prompt"))
-
-    @cached_property
-    def _max_token_chars(self) -> int:
-        """The most characters that one token stands for."""
-        return max(len(self.tokenizer.token_bytes(token_id)) for token_id in range(self.tokenizer.vocab_size))
 
 
 def unknown_model(name: str) -> NotFound:

@@ -12,7 +12,8 @@ class ApiSettings:
     model_id: the name clients see. api_keys: sha256 digests (32 bytes each); empty lets everyone in.
     max_body_bytes: larger bodies are answered 413. body_timeout: seconds a client may take to send its body.
     max_waiting_requests, max_waiting_tokens: sequences, and their prompt tokens, that have no token yet.
-    max_open_per_key: open requests of one API key. max_n: choices per prompt. max_prompts: prompts in one completion.
+    max_open_per_key: sequences of one API key's open requests. max_n: choices per prompt. max_prompts: prompts in one
+    completion.
     """
 
     model_id: str = "house-blend"

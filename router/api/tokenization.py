@@ -30,7 +30,9 @@ def tokenization_router(service: Service) -> APIRouter:
             )
             add_special_tokens = bool(body.add_special_tokens)
         tokens = await service.encode(text, add_special_tokens=add_special_tokens)
-        token_strs = [service.tokenizer.token_text(token_id) for token_id in tokens] if body.return_token_strs else None
+        token_strs = None
+        if body.return_token_strs:
+            token_strs = await off_loop(len(tokens), lambda: [service.tokenizer.token_text(i) for i in tokens])
         return {
             "count": len(tokens),
             "max_model_len": model.max_model_len,

@@ -168,7 +168,7 @@ def fake_app(engine: FakeEngine | None = None, *, template: bool = True, **setti
 
 def client(app: FastAPI, **options: Any) -> httpx.AsyncClient:
     """A client in the same process; close it with `async with`."""
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", **options)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", **options)
 
 
 def tokens_of(text: str) -> list[int]:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 
 from router.api.sampling import choice_seed
-from tests.unit.fake_engine import EOS, FIRST_BYTE, PIECES, FakeEngine, client, events_of, fake_app, tokens_of
+from tests.unit.fake_engine import (
+    EOS,
+    FIRST_BYTE,
+    PIECES,
+    FakeEngine,
+    FakeTokenizer,
+    client,
+    events_of,
+    fake_app,
+    tokens_of,
+)
 
 pytestmark = pytest.mark.anyio
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -105,11 +116,19 @@ async def test_seeds_are_the_clients_or_random_63_bits():
     assert all(0 <= submit.sampling.seed < 2**63 for submit in engine.submitted)
 
 
-async def test_max_tokens_defaults_to_the_rest_of_the_context():
+async def test_a_completion_is_16_tokens_by_default_or_what_the_context_has_room_for():
     engine = FakeEngine(max_model_len=100)
-    for body in ({}, {"max_tokens": 99}):
-        await post(engine, TEXT, {"prompt": "a"} | body)
-    assert [submit.sampling.max_tokens for submit in engine.submitted] == [99, 99]
+    for length in (1, 84, 90):
+        await post(engine, TEXT, {"prompt": "a" * length})
+    assert [submit.sampling.max_tokens for submit in engine.submitted] == [16, 16, 10]
+
+
+async def test_a_chats_max_tokens_default_to_the_rest_of_the_context():
+    engine = FakeEngine(max_model_len=100)
+    for body in ({}, {"max_tokens": 5}):
+        await post(engine, CHAT, HELLO | body)
+    rest = 100 - len("user: Hello\nassistant:")
+    assert [submit.sampling.max_tokens for submit in engine.submitted] == [rest, 5]
 
 
 async def test_a_full_length_answer_finishes_by_length():
@@ -215,3 +234,26 @@ async def test_tokenize_and_detokenize_are_inverse():
     assert text == {"prompt": "a ☕"}
     assert (tokens["count"], tokens["max_model_len"], len(tokens["token_strs"])) == (5, 256, 5)
     assert chat["count"] == len("user: Hello\nassistant:")
+
+
+async def test_a_long_prompts_tokens_are_shown_without_holding_up_the_event_loop(monkeypatch: pytest.MonkeyPatch):
+    threads: set[threading.Thread] = set()
+    known = FakeTokenizer.token_text
+
+    def token_text(self: FakeTokenizer, token_id: int) -> str:
+        threads.add(threading.current_thread())
+        return known(self, token_id)
+
+    monkeypatch.setattr(FakeTokenizer, "token_text", token_text)
+    async with client(fake_app(FakeEngine(max_model_len=10_000))) as http:
+        response = await http.post("/tokenize", json={"prompt": "x" * 5000, "return_token_strs": True})
+    assert response.json()["token_strs"] == ["x"] * 5000
+    assert threading.current_thread() not in threads
+
+
+async def test_the_vocabulary_is_walked_before_the_first_request(monkeypatch: pytest.MonkeyPatch):
+    app = fake_app(FakeEngine(max_model_len=10))
+    monkeypatch.setattr(FakeTokenizer, "token_bytes", lambda *_: pytest.fail("walked while a request waits"))
+    async with client(app) as http:
+        response = await http.post("/tokenize", json={"prompt": "x" * 1000})
+    assert response.json()["error"]["code"] == "context_length_exceeded"

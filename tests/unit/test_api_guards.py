@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from barista.errors import Overloaded
+from barista.errors import InvalidRequest, Overloaded
 from router.api.admission import Admission
 from router.api.settings import ApiSettings
 from tests.unit.fake_engine import FakeEngine, client, fake_app
@@ -117,9 +117,65 @@ async def test_a_sequence_with_a_token_waits_no_longer():
         assert (await first).status_code == 200
 
 
-async def test_a_request_over_the_bounds_runs_when_nobody_waits():
-    async with client(fake_app(max_waiting_requests=1, max_waiting_tokens=1)) as http:
-        assert (await http.post(TEXT, json={"prompt": "abc", "n": 4})).status_code == 200
+async def test_one_sequence_over_the_bounds_runs_when_nobody_waits():
+    for bound in (0, 1):
+        async with client(fake_app(max_waiting_requests=bound, max_waiting_tokens=bound)) as http:
+            assert (await http.post(TEXT, json={"prompt": "abc"})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("bounds", "body", "fits"),
+    [
+        ({"max_waiting_requests": 6}, {"prompt": ["a", "b", "c", "d"], "n": 2}, {"prompt": ["a", "b", "c"], "n": 2}),
+        ({"max_waiting_tokens": 6}, {"prompt": "abcd", "n": 2}, {"prompt": ["abcd", "ef"]}),
+        ({"max_open_per_key": 3}, {"prompt": "a", "n": 4}, {"prompt": "a", "n": 3}),
+    ],
+)
+async def test_one_request_cannot_be_more_sequences_than_the_queue_holds(
+    bounds: dict[str, int], body: dict[str, Any], fits: dict[str, Any]
+):
+    engine = FakeEngine()
+    async with client(fake_app(engine, api_keys=KEYS, **bounds)) as http:
+        refused = await http.post(TEXT, json=body, headers=bearer("one"))
+        assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+        assert engine.submitted == []
+        assert (await http.post(TEXT, json=fits, headers=bearer("one"))).status_code == 200
+
+
+async def test_a_keys_share_is_counted_in_sequences():
+    engine = FakeEngine(gate=asyncio.Event())
+    assert engine.gate is not None
+    async with client(fake_app(engine, api_keys=KEYS, max_open_per_key=4)) as http:
+        first = await held(engine, http, {"prompt": "a", "n": 3}, bearer("one"))
+        refused = await http.post(TEXT, json={"prompt": "a", "n": 2}, headers=bearer("one"))
+        last = asyncio.create_task(http.post(TEXT, json={"prompt": "a"}, headers=bearer("one")))
+        await asyncio.sleep(0.01)
+        engine.gate.set()
+        assert [(await task).status_code for task in (first, last)] == [200, 200]
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1", "127.0.0.1:80", "[::1]:8000", "[::1]"])
+async def test_without_keys_names_of_this_machine_are_answered(host: str):
+    async with client(fake_app()) as http:
+        assert (await http.get("/v1/models", headers={"host": host})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example:1", "", "10.0.0.1",
+             "127.0.0.1:80:80", "[::1", "evil@127.0.0.1"],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/metrics", "/nowhere", TEXT])
+async def test_without_keys_a_page_that_rebinds_its_name_is_refused(host: str, path: str):
+    async with client(fake_app()) as http:
+        response = await http.post(path, json={"prompt": "a"}, headers={"host": host})
+    assert (response.status_code, response.json()["error"]["code"]) == (421, "wrong_host")
+
+
+async def test_with_keys_a_server_has_any_name():
+    async with client(fake_app(api_keys=KEYS)) as http:
+        response = await http.get("/v1/models", headers=bearer("one") | {"host": "barista.example"})
+    assert response.status_code == 200
 
 
 async def test_draining_finishes_what_is_open_and_refuses_the_rest():
@@ -172,27 +228,30 @@ def test_admission_counts_return_to_zero(requests: list[tuple[int, int, int]]):
     """Whatever was admitted or refused, at whichever stage it ended."""
 
     async def run() -> None:
-        admission = Admission(ApiSettings(max_waiting_requests=6, max_waiting_tokens=20))
+        admission = Admission(ApiSettings(max_waiting_requests=6, max_waiting_tokens=20, max_open_per_key=6))
         open_tickets = []
         for num_sequences, num_tokens, num_started in requests:
             try:
-                ticket = admission.enter(b"", num_sequences)
+                ticket = admission.enter(b"key", num_sequences)
             except Overloaded:
                 continue
             open_tickets.append(ticket)
             try:
                 ticket.queue([num_tokens] * num_sequences)
-            except Overloaded:
+            except (Overloaded, InvalidRequest):
                 ticket.__exit__(None, None, None)
                 open_tickets.pop()
                 continue
             for sequence in range(num_started):
                 ticket.started(sequence)
                 ticket.started(sequence)
-        assert admission.num_open == len(open_tickets)
+        idle = asyncio.create_task(admission.wait_idle())
+        await asyncio.sleep(0)
+        assert idle.done() == (not open_tickets)
         for ticket in open_tickets:
             ticket.__exit__(None, None, None)
-        assert (admission.num_open, admission.waiting_requests, admission.waiting_tokens) == (0, 0, 0)
-        await admission.wait_idle()
+        await idle
+        assert (admission.waiting_requests, admission.waiting_tokens) == (0, 0)
+        admission.enter(b"key", 6)  # the key's whole share
 
     asyncio.run(run())

@@ -42,8 +42,8 @@ async def test_requests_are_counted_and_timed():
 
 
 async def test_failures_are_counted_by_code():
-    values = await scrape(FakeEngine(fail=1, fail_code="kv_exhausted"), {"prompt": "a"}, {"prompt": ""})
-    assert values["request_failure_total", "kv_exhausted"] == 1
+    values = await scrape(FakeEngine(fail=1, fail_code="engine_dead"), {"prompt": "a"}, {"prompt": ""})
+    assert values["request_failure_total", "engine_dead"] == 1
     assert values["request_failure_total", "invalid_request"] == 1
 
 
