@@ -45,6 +45,7 @@ class ServeConfig:
     host: str = option("127.0.0.1", "Address to listen on; beyond loopback only with --api-key-file.")
     port: int = option(8000, "Port to listen on; 0 takes a free one.", minimum=0)
     api_key_file: Path | None = option(None, "File of accepted API keys, one a line.", shown="no keys")
+    workers: int = option(0, "Expert worker processes; 0 keeps the experts in the engine.", minimum=0)
     format: str = option("auto", "Weight format in memory.", choices=("auto", "float32", "bf16"))
     threads: int = option(usable_cores, "Threads of the engine.", shown="the usable cores", minimum=1)
     max_model_len: int | None = option(
@@ -55,7 +56,7 @@ class ServeConfig:
     kv_cache_tokens: int | None = option(None, "Size of the KV cache in tokens.", shown="from free memory", minimum=1)
     kv_cache_bytes: int | None = option(None, "Size of the KV cache in bytes.", shown="from free memory", minimum=1)
     block_size: int = option(16, "Tokens in one block of the KV cache.", minimum=1)
-    max_waiting_requests: int = option(256, "Requests that may wait; more are answered 503.", minimum=0)
+    max_waiting_requests: int = option(256, "Sequences that may wait; more are answered 503.", minimum=0)
     max_waiting_tokens: int = option(262_144, "Prompt tokens that may wait; more are answered 503.", minimum=0)
     drain_timeout: float = option(30.0, "How long SIGTERM lets open streams finish.", minimum=0)
     log_level: str = option("info", "Least severe log line to show.", choices=("debug", "info", "warning", "error"))
@@ -69,6 +70,17 @@ class ServeConfig:
             )
         if self.kv_cache_tokens is not None and self.kv_cache_bytes is not None:
             raise ConfigError("kv_cache_tokens and kv_cache_bytes are both given.", "Give one of them.")
+        if self.workers > 0:
+            raise ConfigError(
+                f"workers is {self.workers}, but this version serves with the experts in the engine's process only.",
+                "Leave --workers out.",
+            )
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ConfigError(
+                f"max_num_seqs is {self.max_num_seqs}, but a step of {self.max_num_batched_tokens} tokens "
+                "(max_num_batched_tokens) cannot give each sequence one.",
+                "Lower --max-num-seqs or raise --max-num-batched-tokens.",
+            )
 
 
 TYPES: Mapping[str, Any] = get_type_hints(ServeConfig)

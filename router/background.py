@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from barista.errors import BaristaError
 
 STOP_SECONDS = 10
+# What could make the server ask for a key, which nobody but this process needs: a configuration file may name some.
+KEY_SETTINGS = ("BARISTA_API_KEY_FILE", "BARISTA_CONFIG")
 
 
 @contextlib.contextmanager
@@ -27,7 +29,7 @@ def background_server(model: str) -> Iterator[str]:
         [sys.executable, "-m", "router.cli", "serve", model, *flags],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={name: value for name, value in os.environ.items() if name != "BARISTA_API_KEY_FILE"},
+        env={name: value for name, value in os.environ.items() if name not in KEY_SETTINGS},
         start_new_session=True,
     )
     assert process.stdin is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -41,16 +42,23 @@ def main() -> None:
     try:
         app()
     except BaristaError as error:
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"error: {error.message}", style="bold red", markup=False)
-        if error.remedy:
-            console.print(error.remedy, markup=False)
-        sys.exit(1)
+        _fail(error.message, error.remedy)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `barista models | head`
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:  # the last resort: what the operating system refused, and where
+        place = "" if error.filename is None else f": {error.filename}"
+        _fail(f"{error.strerror or error}{place}")
+
+
+def _fail(message: str, remedy: str = "") -> NoReturn:
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"error: {message}", style="bold red", markup=False)
+    if remedy:
+        console.print(remedy, markup=False)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

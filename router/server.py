@@ -1,7 +1,8 @@
 """The running server: the API and its engine side by side, and how each ending goes.
 
 SIGINT ends at once: open streams get an error event. SIGTERM drains: new requests are refused, open streams finish, for
-at most drain_timeout. A dead engine ends the server with an error. A second signal always ends at once.
+at most drain_timeout. A second signal always ends at once. A dead engine, or an HTTP server that ends by itself, ends
+the server with an error.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Server:
         finally:
             await self._engine.close()
             self._http.should_exit = True
-            await http
+            await asyncio.wait((http,))
+        http.result()
         return 0
 
     async def _load(self, ending: _Ending, http: asyncio.Task[None]) -> bool:
@@ -88,6 +90,7 @@ class Server:
                 loading.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await loading
+                _require_running(http)
                 return False
             await loading
             return True
@@ -100,8 +103,17 @@ class Server:
             await _first(
                 self._app.state.wait_idle(), self._engine.died.wait(), ending.now.wait(), timeout=self._drain_timeout
             )
+        _require_running(http)
         if self._engine.died.is_set():
             raise BaristaError("The engine died; the lines above may say why.", "Start the server again.")
+
+
+def _require_running(http: asyncio.Task[None]) -> None:
+    """Raise BaristaError if the HTTP server has ended, which nobody asked it to."""
+    if http.done():
+        raise BaristaError(
+            "The HTTP server ended by itself; the lines above may say why.", "Start the server again."
+        ) from http.exception()
 
 
 def _watch_signals(ending: _Ending, until_eof: bool) -> None:

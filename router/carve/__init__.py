@@ -7,6 +7,8 @@ token's top k. The result is an ordinary Glm4MoeForCausalLM checkpoint; with eve
 from __future__ import annotations
 
 import importlib.resources
+import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from barista.cache import require_space
-from barista.errors import CheckpointError, ConfigError
+from barista.errors import CacheError, CheckpointError, ConfigError
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.checkpoint.names import check_names
 from router.carve.calibrate import calibrate, calibration_tokens
@@ -28,6 +30,8 @@ from router.tokenizer import Tokenizer
 
 __all__ = ["CarveOptions", "CarveReport", "Layout", "carve", "carve_house_blend"]
 
+ARCHITECTURE = "Glm4MoeForCausalLM"
+ELSEWHERE = "Free some space, or choose a directory for OUT on another disk that you may write."
 HOUSE_BLEND = "recipes/house-blend.safetensors"
 OnProgress = Callable[[float, str], None]
 
@@ -47,19 +51,17 @@ def carve(source: Path, out: Path, *, options: CarveOptions, progress: OnProgres
     """Carve the dense Llama-, Qwen2- or Qwen3-shaped model at `source` into the new directory `out`.
 
     source: a directory with safetensors, or a GGUF file. progress(fraction from 0 to 1, what is being done). `out`
-    appears whole or not at all. Raises ConfigError (an option, or `out` exists), CheckpointError (the source cannot be
-    read or carved), CacheError (no space).
+    appears whole or not at all. Raises ConfigError (an option, or `out` exists and may not be replaced),
+    CheckpointError (the source cannot be read or carved), CacheError (no space, or `out` cannot be written).
     """
-    if out.exists() and not options.force:
-        raise ConfigError(f"{out} exists already.", "Choose another directory, or replace it with --force.")
+    _check_out(source, out, options)
     checkpoint = open_checkpoint(source)
     spec = _dense_spec(checkpoint)
     layout = Layout.of(options, spec.layers[0].intermediate_size)  # type: ignore[union-attr]
     tokenizer = Tokenizer.from_checkpoint(source)
     token_ids = calibration_tokens(tokenizer, options)
-    require_space(out, count_parameters(spec)[0] * stored_dtype(checkpoint).itemsize)
+    _require_writable(out, count_parameters(spec)[0] * stored_dtype(checkpoint).itemsize)
     recipe, lost = calibrate(checkpoint, spec, layout, token_ids, lambda f, message: progress(0.9 * f, message))
-    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         folder = Path(scratch) / out.name
         folder.mkdir()
@@ -70,6 +72,40 @@ def carve(source: Path, out: Path, *, options: CarveOptions, progress: OnProgres
     return CarveReport(
         layout=layout, num_layers=spec.num_layers, num_tokens=token_ids.numel(), lost_energy=lost, nbytes=nbytes
     )
+
+
+def _check_out(source: Path, out: Path, options: CarveOptions) -> None:
+    """Raise ConfigError unless `out` does not exist, or is an earlier carving that --force may replace."""
+    if Path(os.path.realpath(source)).is_relative_to(os.path.realpath(out)):
+        raise ConfigError(f"{out} holds the source, {source}.", "Choose another directory for OUT.")
+    if not os.path.lexists(out):
+        return
+    if not options.force:
+        raise ConfigError(f"{out} exists already.", "Choose another directory, or replace it with --force.")
+    if not _is_carving(out):
+        raise ConfigError(
+            f"{out} is no carved model, so --force does not replace it.", "Choose another directory, or remove it."
+        )
+
+
+def _is_carving(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("architectures") == [ARCHITECTURE]
+
+
+def _require_writable(out: Path, needed: int) -> None:
+    """Make the folder that `out` goes to. Raises CacheError unless it can be written and has `needed` bytes."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent).cleanup()
+        require_space(out.parent, needed)
+    except OSError as error:
+        raise CacheError(f"cannot write {out.parent}: {error.strerror}.", ELSEWHERE) from error
+    except CacheError as error:
+        raise CacheError(error.message, ELSEWHERE) from error
 
 
 def carve_house_blend(source: Path, folder: Path, progress: OnProgress) -> None:

@@ -15,7 +15,7 @@ def command(
     top_k: int | None = typer.Option(None, min=1, help="Routed experts per token.", show_default="six sevenths"),
     text: Path | None = typer.Option(None, help="UTF-8 text to calibrate on.", show_default="the one in the package"),
     max_tokens: int | None = typer.Option(None, min=1, help="Tokens of it to use."),
-    force: bool = typer.Option(False, "--force", help="Replace OUT if it exists."),
+    force: bool = typer.Option(False, "--force", help="Replace OUT if it is an earlier carving."),
 ) -> None:
     """Split each FFN of a dense model into shared and routed experts, with a gate fitted to choose among them."""
     from barista.cache import size

@@ -6,7 +6,7 @@ import typer
 
 
 def command(name: str = typer.Argument(help="The model's name on the hub, such as Qwen/Qwen3-30B-A3B.")) -> None:
-    """Download a model from the Hugging Face hub into the cache; run again, it goes on where it stopped."""
+    """Download a model from the Hugging Face hub into the cache. Run again, it goes on where it stopped, or repairs."""
     from router.pull import pull
 
     typer.echo(f"{name} is in {pull(name)}", err=True)

@@ -1,6 +1,7 @@
 """python fake_server.py TOKEN_DELAY DRAIN_TIMEOUT [LOAD_SECONDS]: router.server around the fake engine, as a process.
 
-Prints its port once it listens and "ready" when the engine is loaded. A line on standard input kills the engine.
+Prints its port once it listens and "ready" when the engine is loaded. A line on standard input ends a part of it: the
+engine, or with "http" uvicorn.
 """
 
 from __future__ import annotations
@@ -27,15 +28,19 @@ class FakeProcess(FakeEngine):
         super().__init__(script=lambda submit: [70] * 100, delay=delay, ready=False)
         self.died = asyncio.Event()
         self.load_seconds = load_seconds
+        self.end_http: Callable[[], None] = lambda: None
 
     async def start(self, on_progress: Callable[[float, str], None]) -> None:
         on_progress(0.5, "fake weights")
         await asyncio.sleep(self.load_seconds)
         self.ready = True
         loop = asyncio.get_running_loop()
-        threading.Thread(
-            target=lambda: sys.stdin.readline() and loop.call_soon_threadsafe(self.die), daemon=True
-        ).start()
+        threading.Thread(target=self._read_order, args=(loop,), daemon=True).start()
+
+    def _read_order(self, loop: asyncio.AbstractEventLoop) -> None:
+        order = sys.stdin.readline().strip()
+        if order:
+            loop.call_soon_threadsafe(self.end_http if order == "http" else self.die)
 
     def die(self) -> None:
         self.ready = False
@@ -60,6 +65,7 @@ async def main(delay: float, drain_timeout: float, load_seconds: float = 0.0) ->
     sock = listen("127.0.0.1", 0)
     print(sock.getsockname()[1], flush=True)
     server = Server(app, engine, drain_timeout=drain_timeout)
+    engine.end_http = lambda: setattr(server._http, "should_exit", True)
     return await server.run(sock, lambda model: print("ready", flush=True), until_eof=False)
 
 

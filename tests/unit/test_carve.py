@@ -140,7 +140,7 @@ def test_the_default_text_is_in_the_package(tmp_path, source):
 
 def test_an_existing_directory_is_only_replaced_by_force(tmp_path, text, source):
     out = tmp_path / "out"
-    out.mkdir()
+    carve(source, out, options=with_text(EVERY_EXPERT, text), progress=quiet)
     (out / "mine").write_text("kept")
     with pytest.raises(ConfigError, match=r"exists already.*--force"):
         carve(source, out, options=with_text(EVERY_EXPERT, text), progress=quiet)
@@ -150,12 +150,44 @@ def test_an_existing_directory_is_only_replaced_by_force(tmp_path, text, source)
     assert (out / "config.json").exists()
 
 
+@pytest.mark.parametrize("config", [None, "{}", "[]", "no json", '{"architectures": ["LlamaForCausalLM"]}'])
+def test_force_replaces_nothing_but_a_carving(tmp_path, text, source, config):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("kept")
+    if config is not None:
+        (out / "config.json").write_text(config)
+    with pytest.raises(ConfigError, match="no carved model"):
+        carve(source, out, options=with_text(EVERY_EXPERT, text, force=True), progress=quiet)
+    assert (out / "mine").read_text() == "kept"
+
+
+@pytest.mark.parametrize("place", [".", "..", "../.."])
+def test_force_never_replaces_the_source_nor_what_holds_it(tmp_path, text, source, place):
+    alias = tmp_path / "alias"
+    alias.symlink_to(source / place, target_is_directory=True)
+    for out in (source / place, alias):
+        with pytest.raises(ConfigError, match="holds the source"):
+            carve(source, out, options=with_text(EVERY_EXPERT, text, force=True), progress=quiet)
+    assert (source / "config.json").exists()
+
+
+@pytest.mark.parametrize("parent", ["/proc/barista/x", "file/x", "n" * 300])
+def test_a_place_that_cannot_be_written_is_named_with_a_remedy_for_out(tmp_path, text, source, parent):
+    (tmp_path / "file").touch()
+    with pytest.raises(CacheError) as caught:
+        carve(source, tmp_path / parent / "out", options=with_text(EVERY_EXPERT, text), progress=quiet)
+    assert "OUT" in caught.value.remedy
+    assert "BARISTA_CACHE" not in str(caught.value)
+
+
 def test_a_carving_that_fails_leaves_nothing_and_replaces_nothing(tmp_path, text, source, monkeypatch):
     def full(*_: object) -> None:
         raise CacheError("no space")
 
     out = tmp_path / "out"
     out.mkdir()
+    (out / "config.json").write_text('{"architectures": ["Glm4MoeForCausalLM"]}')
     monkeypatch.setattr(router.carve, "write_tensors", full)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(CacheError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 import barista
 from barista.config import ServeConfig
+from router import models
 from router.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +142,46 @@ def test_inspecting_house_blend_before_it_is_carved_names_the_command_that_carve
 
 def test_preparing_another_name_is_wrong_usage() -> None:
     assert_fails(run("models", "--prepare", "espresso"), 2, "house-blend")
+
+
+@pytest.mark.parametrize("model", ["~nobody-has-this-name/x", "n" * 300, "a/" * 2500 + "b"])
+@pytest.mark.parametrize("command", ["inspect", "serve"])
+def test_a_model_that_no_path_can_be_is_named(tmp_path: Path, command: str, model: str) -> None:
+    assert_fails(run(command, model, BARISTA_CACHE=str(tmp_path)), 1, "error: There is no model")
+
+
+@pytest.mark.parametrize("host", ["a" * 64 + ".example", "..", "no host"])
+def test_a_host_that_cannot_be_is_named(tmp_path: Path, host: str) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("key")
+    assert_fails(run("serve", "--host", host, "--api-key-file", keys), 1, "error: Cannot listen", "--host")
+
+
+def test_worker_processes_are_refused_with_a_remedy() -> None:
+    assert_fails(run("serve", "--workers", 2), 1, "error: workers is 2", "Leave --workers out")
+
+
+def test_what_the_operating_system_refuses_is_an_error_with_its_path() -> None:
+    code = (
+        "from pathlib import Path; from router import cli; cli.app = lambda: Path('/nowhere/x').read_text(); cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert_fails(done, 1, "error: No such file or directory: /nowhere/x")
+
+
+def test_another_recipe_is_carved_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The folder's name follows both files, whatever else is in the package."""
+    for name in models.RECIPE_FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"as it was")
+    monkeypatch.setattr(models, "files", lambda package: tmp_path)
+    before = models.recipe_digest.__wrapped__()
+    assert re.fullmatch("[0-9a-f]{8}", before)
+    for name in models.RECIPE_FILES:
+        (tmp_path / name).write_bytes(b"changed")
+        assert models.recipe_digest.__wrapped__() != before
+        (tmp_path / name).write_bytes(b"as it was")
+    assert models.recipe_digest.__wrapped__() == before
 
 
 def test_the_cache_must_be_writable(tmp_path: Path) -> None:

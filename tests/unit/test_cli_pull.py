@@ -135,7 +135,8 @@ def test_a_pulled_model_is_whole_and_holds_no_code_and_no_pickle(hub: tuple[Hub,
     done = pull(hub[1], tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "models" / "org" / "tiny"
-    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    names = sorted(file.name for file in folder.iterdir())
+    assert names == [".pulled.json", "config.json", "model.safetensors", "tokenizer.json"]
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
 
 
@@ -154,6 +155,57 @@ def test_a_second_attempt_downloads_only_what_is_missing(hub: tuple[Hub, str], t
     hub[0].sent.clear()
     assert pull(hub[1], tmp_path).returncode == 0
     assert hub[0].sent == ["model.safetensors"]
+
+
+def test_a_whole_model_needs_no_connection(hub: tuple[Hub, str], tmp_path: Path) -> None:
+    assert pull(hub[1], tmp_path).returncode == 0
+    done = pull("http://127.0.0.1:9", tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
+def test_pulling_again_repairs_what_differs_and_nothing_else(hub: tuple[Hub, str], tmp_path: Path, damage: str) -> None:
+    assert pull(hub[1], tmp_path).returncode == 0
+    folder = tmp_path / "models" / "org" / "tiny"
+    weights = folder / "model.safetensors"
+    match damage:
+        case "cut":
+            weights.write_bytes(WEIGHTS[:-1])
+        case "changed":
+            weights.write_bytes(b"?" + WEIGHTS[1:])
+        case "missing":
+            weights.unlink()
+    offline = pull("http://127.0.0.1:9", tmp_path)
+    assert offline.returncode == 1
+    assert "with a connection" in offline.stderr
+    assert "Traceback" not in offline.stderr
+    hub[0].sent.clear()
+    done = pull(hub[1], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert hub[0].sent == ["model.safetensors"]
+    assert weights.read_bytes() == WEIGHTS
+    assert sorted(file.name for file in folder.parent.iterdir()) == [".tiny.lock", "tiny"]
+
+
+def test_a_repair_that_arrives_damaged_leaves_the_model_as_it_was(hub: tuple[Hub, str], tmp_path: Path) -> None:
+    assert pull(hub[1], tmp_path).returncode == 0
+    folder = tmp_path / "models" / "org" / "tiny"
+    (folder / "model.safetensors").write_bytes(b"short")
+    hub[0].damaged.add("model.safetensors")
+    done = pull(hub[1], tmp_path)
+    assert done.returncode == 1
+    assert "model.safetensors arrived damaged" in done.stderr
+    assert (folder / "model.safetensors").read_bytes() == b"short"
+
+
+def test_a_model_whose_origin_is_unknown_is_compared_with_the_hub(hub: tuple[Hub, str], tmp_path: Path) -> None:
+    assert pull(hub[1], tmp_path).returncode == 0
+    folder = tmp_path / "models" / "org" / "tiny"
+    (folder / ".pulled.json").write_text("?")
+    (folder / "tokenizer.json").write_text("[]")
+    assert pull(hub[1], tmp_path).returncode == 0
+    assert (folder / "tokenizer.json").read_text() == "{}"
+    assert pull("http://127.0.0.1:9", tmp_path).returncode == 0
 
 
 def test_an_unknown_architecture_is_refused_before_its_weights_are_downloaded(

@@ -26,11 +26,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
+def start(*arguments: object, **variables: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "router.cli", *map(str, arguments)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
     )  # fmt: skip
 
 
@@ -86,6 +86,15 @@ def test_a_server_whose_engine_is_killed_ends_with_an_error(model: Path) -> None
         assert process.returncode == 1
         assert "error: The engine died" in errors
         assert "Traceback" not in errors
+
+
+def test_a_configuration_file_with_keys_does_not_lock_chat_out_of_its_own_server(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("secret")
+    (tmp_path / "barista.toml").write_text(f"api_key_file = '{tmp_path / 'keys'}'")
+    process = start("chat", model, "--max-tokens", 3, BARISTA_CONFIG=str(tmp_path / "barista.toml"))
+    output, errors = process.communicate("hello\n", timeout=SECONDS)
+    assert process.returncode == 0, errors
+    assert output
 
 
 def test_chat_answers_each_line_of_a_pipe_and_leaves_no_process(model: Path) -> None:

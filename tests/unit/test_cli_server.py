@@ -145,3 +145,15 @@ def test_when_the_engine_dies_streams_fail_and_the_server_ends_with_an_error() -
         assert status == 1
         assert "error: The engine died" in errors
         assert "Traceback" not in errors
+
+
+def test_an_http_server_that_ends_by_itself_is_an_error() -> None:
+    with running(0.1, 30) as server:
+        server.wait_ready()
+        assert server.process.stdin is not None
+        server.process.stdin.write("http\n")
+        server.process.stdin.flush()
+        status, errors = server.end()
+        assert status == 1
+        assert "error: The HTTP server ended by itself" in errors
+        assert "Traceback" not in errors

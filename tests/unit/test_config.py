@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from barista.config import TYPES, ServeConfig, load
 from barista.errors import ConfigError
 
-NUMBERS = ("port", "threads", "max_num_seqs", "max_num_batched_tokens", "max_waiting_requests")
+NUMBERS = ("port", "threads", "block_size", "kv_cache_tokens", "max_waiting_requests")
 
 
 def toml(tmp_path: Path, text: str) -> Path:
@@ -42,7 +42,7 @@ def test_flags_win_over_the_environment_and_the_environment_over_the_file(
 
 @pytest.mark.parametrize("name", sorted(TYPES))
 def test_every_field_can_be_set_from_the_file_and_from_the_environment(tmp_path: Path, name: str) -> None:
-    special = {"format": "bf16", "log_level": "error"}
+    special = {"format": "bf16", "log_level": "error", "workers": 0, "max_num_batched_tokens": 70}
     kind = TYPES[name]
     value = special.get(name, "x" if kind in (str, str | None) or "Path" in str(kind) else 7)
     from_file = load(toml(tmp_path, f"{name} = {json.dumps(value)}\n"), {}, {})
@@ -100,6 +100,7 @@ def test_a_variable_that_is_no_number_names_itself(text: str) -> None:
         {"format": "fp7"},
         {"log_level": "loud"},
         {"kv_cache_tokens": 10, "kv_cache_bytes": 10},
+        {"workers": -1},
     ],
 )
 def test_a_value_out_of_range_is_refused(flags: dict[str, object]) -> None:
@@ -114,6 +115,17 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
         file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"bad\.toml"):
         load(file, {}, {})
+
+
+def test_worker_processes_are_refused_with_a_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"workers is 2.*the engine's process only.*Leave --workers out"):
+        load(None, {"BARISTA_WORKERS": "2"}, {})
+
+
+def test_a_step_has_a_token_for_each_of_its_sequences() -> None:
+    assert load(None, {}, {"max_num_seqs": 8, "max_num_batched_tokens": 8}).max_num_seqs == 8
+    with pytest.raises(ConfigError, match=r"max_num_seqs is 9.*--max-num-batched-tokens"):
+        load(None, {}, {"max_num_seqs": 9, "max_num_batched_tokens": 8})
 
 
 def test_the_configuration_cannot_be_changed() -> None:
