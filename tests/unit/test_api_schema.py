@@ -23,10 +23,11 @@ CHECKS = (
     negative_data_rejection,
     unsupported_method,
 )
-schema = schemathesis.openapi.from_asgi("/openapi.json", fake_app())
+HOST = {"host": "localhost"}
+schema = schemathesis.openapi.from_asgi("/openapi.json", fake_app(), headers=HOST)
 
 
 @schema.parametrize()
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 def test_answers_conform_to_the_document(case: schemathesis.Case):
-    case.call_and_validate(checks=CHECKS)
+    case.call_and_validate(checks=CHECKS, headers=HOST)
