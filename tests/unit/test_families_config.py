@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from barista.errors import CheckpointError
 from experts.checkpoint import TensorInfo
@@ -68,7 +71,7 @@ NEEDED: dict[str, dict[str, Any]] = {"DeepseekV2ForCausalLM": {"num_experts_per_
         (LLAMA, "tie_word_embeddings", "yes"),
         (DEEPSEEK, "n_group", 0),
         (DEEPSEEK, "n_group", 7),
-        (DEEPSEEK, "n_group", 256),
+        (DEEPSEEK | {"topk_group": 8}, "n_group", 256),
         (DEEPSEEK, "topk_group", 9),
         (DEEPSEEK, "num_experts_per_tok", 0),
         (DEEPSEEK, "num_experts_per_tok", 200),
@@ -90,6 +93,24 @@ def test_an_impossible_value_is_refused_by_name(base: dict[str, Any], key: str, 
         model_spec(base | {key: value})
     assert refusal.value.remedy
     assert re.search(SAID.get(key, key), str(refusal.value))
+
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 300), st.floats(), st.just(10**12), st.text(max_size=2),
+    st.lists(st.integers(), max_size=2), st.dictionaries(st.sampled_from(sorted(YARN)), st.integers(-1, 9)),
+)  # fmt: skip
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_any_configuration_gives_a_spec_or_a_checkpoint_error(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(FAMILIES)))
+    keys = st.sampled_from(sorted({*FAMILIES[name].defaults, *SIZES, "rope_scaling", "rope_parameters", "hidden_act"}))
+    changes = data.draw(st.dictionaries(keys, JUNK, min_size=1, max_size=3))
+    # Small tables only: what is tested is the reading.
+    small = {"n_routed_experts": 16, "num_experts": 16, "num_experts_per_tok": 2, "num_attention_heads": 4}
+    with contextlib.suppress(CheckpointError):
+        model_spec(SIZES | small | changes | {"architectures": [name]})
 
 
 def test_the_message_names_key_value_and_what_is_expected() -> None:
@@ -172,9 +193,9 @@ def their_values(config: transformers.PreTrainedConfig) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_missing_keys_take_the_defaults_of_transformers(name: str) -> None:
-    given = SIZES | {"num_attention_heads": 32, "hidden_size": 4096, **NEEDED.get(name, {})}
-    ours = our_values(model_spec(given | {"architectures": [name]}))
-    theirs = their_values(getattr(transformers, name.replace("ForCausalLM", "Config"))(**given))
+    sizes = SIZES | {"num_attention_heads": 32, "hidden_size": 4096, **NEEDED.get(name, {})}
+    ours = our_values(model_spec(sizes | {"architectures": [name]}))
+    theirs = their_values(getattr(transformers, name.replace("ForCausalLM", "Config"))(**sizes))
     # DeepSeek-V2's null groups mean no groups, Qwen2's bias is its model's and no key.
     compared = {key for key in ours if theirs.get(key) is not None} - (
         {"head_dim"} if "kv_lora_rank" in ours else set()
