@@ -17,18 +17,16 @@ import random
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from barista.machine import usable_cores
+from barista.machine import available_memory, usable_cores
 from experts.checkpoint import open_checkpoint
 from router.engine_process import EngineProcess
+from router.inspect import inspect_checkpoint
 from router.messages import EngineConfig, Failed, SamplingParams
-from router.model.families import model_spec
-from router.model.tensors import count_parameters
 from router.models import BUILT_IN, prepare_built_in, resolve
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -59,7 +57,7 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, engine.model.dtype))
     theirs.eval()
     bandwidth = read_bandwidth()
-    limit = bandwidth / active_bytes(path, engine.model.dtype)
+    limit = bandwidth / inspect_checkpoint(open_checkpoint(path), available_memory()).active_bytes_per_token
     rows = []
     for num_sequences in map(int, args.sequences.split(",")):
         prompts = random_prompts(num_sequences, args.prompt, engine.model.vocab_size)
@@ -146,11 +144,6 @@ def read_bandwidth() -> float:
         data.sum()
         best = min(best, time.perf_counter() - started)
     return data.nbytes / best
-
-
-def active_bytes(path: Path, dtype: str) -> int:
-    """Bytes of weights read for one token."""
-    return count_parameters(model_spec(open_checkpoint(path).config))[1] * getattr(torch, dtype).itemsize
 
 
 def print_table(rows: list[dict[str, Any]], *, as_json: bool) -> None:
