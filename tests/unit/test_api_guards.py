@@ -147,7 +147,7 @@ async def test_a_keys_share_is_counted_in_sequences():
     assert engine.gate is not None
     async with client(fake_app(engine, api_keys=KEYS, max_open_per_key=4)) as http:
         first = await held(engine, http, {"prompt": "a", "n": 3}, bearer("one"))
-        refused = await http.post(TEXT, json={"prompt": "a", "n": 2}, headers=bearer("one"))
+        refused = await asyncio.wait_for(http.post(TEXT, json={"prompt": "a", "n": 2}, headers=bearer("one")), 2)
         last = asyncio.create_task(http.post(TEXT, json={"prompt": "a"}, headers=bearer("one")))
         await asyncio.sleep(0.01)
         engine.gate.set()
@@ -250,7 +250,7 @@ def test_admission_counts_return_to_zero(requests: list[tuple[int, int, int]]):
         assert idle.done() == (not open_tickets)
         for ticket in open_tickets:
             ticket.__exit__(None, None, None)
-        await idle
+        await asyncio.wait_for(idle, 1)
         assert (admission.waiting_requests, admission.waiting_tokens) == (0, 0)
         admission.enter(b"key", 6)  # the key's whole share
 

@@ -201,6 +201,14 @@ def test_a_full_disk_is_named(tmp_path, text, source, monkeypatch):
         carve(source, tmp_path / "out", options=with_text(EVERY_EXPERT, text), progress=quiet)
 
 
+def test_a_disk_without_room_is_named_with_a_remedy_for_out(tmp_path, text, source, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1))
+    with pytest.raises(CacheError, match="has 1 B free") as caught:
+        carve(source, tmp_path / "out", options=with_text(EVERY_EXPERT, text), progress=quiet)
+    assert "OUT" in caught.value.remedy
+    assert "BARISTA_CACHE" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("family", "message"), [("mixtral", "MixtralForCausalLM is not a dense"), ("llama_bias", "no place in Glm4Moe")]
 )
