@@ -195,12 +195,6 @@ def test_a_carving_that_fails_leaves_nothing_and_replaces_nothing(tmp_path, text
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_full_disk_is_named(tmp_path, text, source, monkeypatch):
-    monkeypatch.setattr("barista.cache.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(CacheError, match="free"):
-        carve(source, tmp_path / "out", options=with_text(EVERY_EXPERT, text), progress=quiet)
-
-
 def test_a_disk_without_room_is_named_with_a_remedy_for_out(tmp_path, text, source, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1))
     with pytest.raises(CacheError, match="has 1 B free") as caught:
