@@ -50,10 +50,10 @@ class Announcement:
 
     def curl_line(self) -> str:
         """A shell command that gets an answer from the server."""
-        path, body = "completions", {"prompt": "The capital of France is", "max_tokens": 16}
+        path, body = "completions", {"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0}
         if self.has_chat:
             question = {"role": "user", "content": "What is the capital of France?"}
-            path, body = "chat/completions", {"messages": [question]}
+            path, body = "chat/completions", {"messages": [question], "temperature": 0}
         key = '-H "Authorization: Bearer $API_KEY" ' if self.needs_key else ""
         header = "-H 'Content-Type: application/json'"
         return f"curl {self.url}/v1/{path} {key}{header} -d {shlex.quote(json.dumps(body))}"

@@ -25,7 +25,7 @@ def command(
     url: str | None = typer.Option(None, help="Talk to the server at this address instead."),
     api_key: str | None = typer.Option(None, envvar="BARISTA_API_KEY", show_envvar=True, help="Key for that server."),
     system: str = typer.Option("", help="System prompt."),
-    temperature: float | None = typer.Option(None, min=0.0, help="0 always takes the likeliest token."),
+    temperature: float = typer.Option(0.2, min=0.0, help="0 always takes the likeliest token; 1 draws as trained."),
     max_tokens: int | None = typer.Option(None, min=1, help="Longest answer."),
 ) -> None:
     """Talk to a model. Streams; keeps the history; /help lists the commands.
