@@ -6,7 +6,6 @@ Beside a model's files lies what the hub said of them, so that a pulled model ca
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from huggingface_hub.errors import (
 
 from barista.cache import new_directory, require_space
 from barista.errors import BaristaError, CheckpointError
+from experts.checkpoint.safetensors_dir import read_json_object
 from router.model.families import model_spec
 from router.models import pulled_path
 
@@ -108,7 +108,7 @@ def _ask_hub(name: str) -> Manifest:
 def _download(name: str, folder: Path, manifest: Manifest) -> None:
     """Fill `folder`. The configuration comes first, since it may name an architecture that cannot be served."""
     config = hf_hub_download(name, "config.json", revision=manifest.revision, local_dir=folder)
-    model_spec(json.loads(Path(config).read_text(encoding="utf-8")))
+    model_spec(read_json_object(Path(config)))
     names = [file.name for file in manifest.files]
     snapshot_download(name, revision=manifest.revision, local_dir=folder, allow_patterns=names)
     for file in manifest.files:

@@ -175,10 +175,11 @@ def test_pulling_again_repairs_what_differs_and_nothing_else(hub: tuple[Hub, str
             weights.write_bytes(b"?" + WEIGHTS[1:])
         case "missing":
             weights.unlink()
-    offline = pull("http://127.0.0.1:9", tmp_path)
-    assert offline.returncode == 1
-    assert "with a connection" in offline.stderr
-    assert "Traceback" not in offline.stderr
+    if damage == "cut":  # once: the hub's library tries for half a minute before it gives up
+        offline = pull("http://127.0.0.1:9", tmp_path)
+        assert offline.returncode == 1
+        assert "with a connection" in offline.stderr
+        assert "Traceback" not in offline.stderr
     hub[0].sent.clear()
     done = pull(hub[1], tmp_path)
     assert done.returncode == 0, done.stderr
