@@ -24,6 +24,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "bk_silu_mul": ([_P, _L, _P, _L, _P, _L, _L, _I], None),
     "bk_rope": ([_P, _L, _L, _P, _P, _L, _L, _L, _I, _I], None),
     "bk_store_kv": ([_P, _L, _L, _L, _P, _L, _P, _L, _L], None),
+    "bk_ties_as_torch": ([], _I),
     "bk_gate": ([_P, _P, _P, _P, _P, _L], None),
     "bk_moe": ([_P, _L, _P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _I], _I),
     "bk_attention": (
@@ -112,9 +113,13 @@ def load() -> str:
 
 
 def numerics_id() -> str:
-    """Names what the bytes of the results depend on: sources and instruction set, or "torch-reference"."""
+    """Names what the bytes of the results depend on: sources, instruction set and how a gate takes ties; or
+    "torch-reference"."""
     current()
-    return f"kernels-{compiler.source_digest()[:8]}-{_library.variant}" if _library else "torch-reference"
+    if _library is None:
+        return "torch-reference"
+    ties = "" if _library.functions.bk_ties_as_torch() else "-libcxx"
+    return f"kernels-{compiler.source_digest()[:8]}-{_library.variant}{ties}"
 
 
 def set_num_threads(threads: int) -> None:

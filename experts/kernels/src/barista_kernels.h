@@ -47,6 +47,9 @@ struct bk_gate_spec {
     float masked_value, norm_eps, scale;
 };
 
+// 1 where bk_gate resolves ties as torch does: its standard library, libstdc++, built this.
+int32_t bk_ties_as_torch(void);
+
 // logits: [n, num_experts]; select_bias: [num_experts] or NULL; topk_ids, topk_weights: [n, top_k], best first.
 void bk_gate(const float* logits, const float* select_bias, const struct bk_gate_spec* spec, int32_t* topk_ids,
              float* topk_weights, int64_t n);

@@ -108,6 +108,14 @@ void gate_row(const float* logits, const float* select_bias, const bk_gate_spec&
 }  // namespace
 }  // namespace bk
 
+extern "C" int32_t bk_ties_as_torch(void) {
+#if defined(__GLIBCXX__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 extern "C" void bk_gate(const float* logits, const float* select_bias, const bk_gate_spec* spec, int32_t* topk_ids,
                         float* topk_weights, int64_t n) {
     const int64_t rows_per_task = 1 + 65536 / (spec->num_experts * (spec->top_k + 8));
