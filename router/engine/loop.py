@@ -100,8 +100,10 @@ def _read_commands(sock: socket.socket, commands: queue.SimpleQueue[Command]) ->
     try:
         while (payload := read_frame(sock)) is not None:
             commands.put(decode_command(payload))
-    finally:
-        os._exit(0)  # The API has gone, however it went. Nothing here outlives it, and a step may be under way.
+    except Exception:
+        log.exception("The API sent what the engine does not understand.")
+        os._exit(1)
+    os._exit(0)  # The API has gone, however it went. Nothing here outlives it, and a step may be under way.
 
 
 def _apply_all(engine: Engine, commands: queue.SimpleQueue[Command], sock: socket.socket) -> None:

@@ -22,9 +22,9 @@ class Load(Protocol):
 
 
 class FFN(Protocol):
-    """A layer's feed-forward half: [num_tokens, hidden] -> the same, and which tokens failed (None: none can)."""
+    """A layer's feed-forward half: [num_tokens, hidden] -> the same, and failed [num_tokens] bool."""
 
-    def __call__(self, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+    def __call__(self, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class Trunk:
@@ -52,8 +52,7 @@ class Trunk:
         update: torch.Tensor | None = None
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             update, layer_failed = layer(hidden, update, cos_sin, batch, layer_cache, step)
-            if layer_failed is not None:
-                failed |= layer_failed
+            failed |= layer_failed
         assert update is not None
         rows = batch.sample_rows
         final = kernels.rms_norm(update[rows], self.final_norm, self.spec.rms_norm_eps, residual=hidden[rows])
@@ -85,7 +84,7 @@ class DecoderLayer:
         batch: Batch,
         cache: torch.Tensor,
         step: int,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden += update, then attention and FFN; returns the FFN's output, not yet added, and the failed rows."""
         if update is None:
             x = kernels.rms_norm(hidden, self.attention_norm, self.eps)
@@ -103,7 +102,7 @@ class SwiGLU:
         gate, up, down = (load(f"{prefix}{name}_proj.weight") for name in ("gate", "up", "down"))
         self.table = kernels.ExpertTable({0: (gate, up, down)}, 1)
 
-    def __call__(self, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """[num_tokens, hidden] -> [num_tokens, hidden]: the kernel of the experts, with one that every token takes."""
         everyone = torch.zeros(len(x), 1, dtype=torch.int32)
         return kernels.moe(x, everyone, torch.ones(len(x), 1), self.table)
@@ -121,7 +120,7 @@ class MoE:
         self.index = index
         self.pool = pool
 
-    def __call__(self, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def __call__(self, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """[num_tokens, hidden] -> [num_tokens, hidden] and failed [num_tokens]."""
         topk_ids, topk_weights = self.gate(x)
         pending = self.pool.begin(step, self.index, x, topk_ids, topk_weights)
@@ -129,4 +128,4 @@ class MoE:
             return pending.wait()
         shared, shared_failed = self.shared(x, step)
         rows, failed = pending.wait()
-        return rows + shared, failed if shared_failed is None else failed | shared_failed
+        return rows + shared, failed | shared_failed
