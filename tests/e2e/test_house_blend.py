@@ -11,7 +11,7 @@ import transformers
 from experts.checkpoint import open_checkpoint
 from router.chat_template import ChatTemplate
 from router.model.load import load_model
-from router.models import prepare_built_in
+from router.models import CARVED_BYTES, prepare_built_in
 from router.tokenizer import Tokenizer
 from tests.engines import answer, engine_on, request
 
@@ -65,3 +65,8 @@ def test_its_tokenizer_and_template_are_those_that_transformers_reads(house_blen
     messages = [{"role": "user", "content": "What is coffee?"}]
     rendered = ChatTemplate(ours.chat_template, ours.bos_token, ours.eos_token).render(messages)
     assert rendered == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def test_the_room_that_is_asked_for_before_carving_is_enough(house_blend: Path) -> None:
+    taken = sum(file.stat().st_size for file in house_blend.iterdir())
+    assert taken <= CARVED_BYTES < 1.5 * taken
