@@ -7,6 +7,7 @@ A later source wins over an earlier one. A field `max_num_seqs` is the key `max_
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -18,8 +19,11 @@ from barista.errors import ConfigError
 from barista.machine import usable_cores
 
 ENV_PREFIX = "BARISTA_"
-# Variables that belong to a command or to the cache rather than to a server.
-OTHER_VARIABLES = frozenset({"BARISTA_CACHE", "BARISTA_CONFIG", "BARISTA_API_KEY"})
+# Variables that belong to a command, a worker or the cache rather than to a server.
+OTHER_VARIABLES = frozenset({"BARISTA_CACHE", "BARISTA_CONFIG", "BARISTA_API_KEY", "BARISTA_POOL_TOKEN"})
+POOL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")  # it becomes part of the names of Ray actors
+# Settings of the workers, which say nothing while the experts are in the engine.
+OF_THE_POOL = ("redundancy", "worker_threads", "worker_memory", "transport", "tls_dir")
 KINDS = {int: "an integer", float: "a number", str: "a string", Path: "a path"}
 
 
@@ -45,6 +49,9 @@ class ServeConfig:
     host: str = option("127.0.0.1", "Address to listen on; beyond loopback only with --api-key-file.")
     port: int = option(8000, "Port to listen on; 0 takes a free one.", minimum=0)
     api_key_file: Path | None = option(None, "File of accepted API keys, one a line.", shown="no keys")
+    admin_key_file: Path | None = option(
+        None, "File of the keys that may change the pool, one a line; they open every other route too.", shown="no keys"
+    )
     workers: int = option(0, "Expert worker processes; 0 keeps the experts in the engine.", minimum=0)
     pool: str | None = option(
         None, "Join, or make, the worker pool of this name, which outlives the server.", shown="a pool of its own"
@@ -86,6 +93,25 @@ class ServeConfig:
                 "(max_num_batched_tokens) cannot give each sequence one.",
                 "Lower --max-num-seqs or raise --max-num-batched-tokens.",
             )
+        self._check_pool()
+
+    @property
+    def has_pool(self) -> bool:
+        """True if the experts are on workers, whoever started them."""
+        return self.workers > 0 or self.pool is not None
+
+    def _check_pool(self) -> None:
+        if self.pool is not None and POOL_NAME.fullmatch(self.pool) is None:
+            raise ConfigError(
+                f"pool is {self.pool!r}, which is no name.", "Give up to 63 letters, digits, dashes and underscores."
+            )
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in OF_THE_POOL and value != entry.default and not self.has_pool:
+                raise ConfigError(
+                    f"{entry.name} is {value}, but there are no workers: the experts are in the engine.",
+                    f"Give --workers N or --pool NAME with it, or leave {entry.name} out.",
+                )
 
 
 TYPES: Mapping[str, Any] = get_type_hints(ServeConfig)

@@ -157,10 +157,6 @@ def test_a_host_that_cannot_be_is_named(tmp_path: Path, host: str) -> None:
     assert_fails(run("serve", "--host", host, "--api-key-file", keys), 1, "error: Cannot listen", "--host")
 
 
-def test_worker_processes_are_refused_with_a_remedy() -> None:
-    assert_fails(run("serve", "--workers", 2), 1, "error: workers is 2", "Leave --workers out")
-
-
 def test_what_the_operating_system_refuses_is_an_error_with_its_path() -> None:
     code = (
         "from pathlib import Path; from router import cli; cli.app = lambda: Path('/nowhere/x').read_text(); cli.main()"

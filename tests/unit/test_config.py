@@ -42,11 +42,12 @@ def test_flags_win_over_the_environment_and_the_environment_over_the_file(
 
 @pytest.mark.parametrize("name", sorted(TYPES))
 def test_every_field_can_be_set_from_the_file_and_from_the_environment(tmp_path: Path, name: str) -> None:
-    special = {"format": "bf16", "log_level": "error", "workers": 0, "max_num_batched_tokens": 70}
+    special = {"format": "bf16", "log_level": "error", "transport": "shm", "max_num_batched_tokens": 70}
     kind = TYPES[name]
     value = special.get(name, "x" if kind in (str, str | None) or "Path" in str(kind) else 7)
-    from_file = load(toml(tmp_path, f"{name} = {json.dumps(value)}\n"), {}, {})
-    from_env = load(None, {f"BARISTA_{name.upper()}": str(value)}, {})
+    values = {"workers": 2, name: value}  # some fields mean nothing without workers
+    from_file = load(toml(tmp_path, "".join(f"{key} = {json.dumps(entry)}\n" for key, entry in values.items())), {}, {})
+    from_env = load(None, {f"BARISTA_{key.upper()}": str(entry) for key, entry in values.items()}, {})
     assert from_file == from_env
     assert getattr(from_file, name) == (Path("x") if "Path" in str(kind) else value)
 
@@ -117,9 +118,22 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
         load(file, {}, {})
 
 
-def test_worker_processes_are_refused_with_a_remedy() -> None:
-    with pytest.raises(ConfigError, match=r"workers is 2.*the engine's process only.*Leave --workers out"):
-        load(None, {"BARISTA_WORKERS": "2"}, {})
+@pytest.mark.parametrize(
+    "given",
+    [{"redundancy": 1}, {"worker_threads": 1}, {"worker_memory": 1}, {"transport": "grpc"}, {"tls_dir": Path("tls")}],
+)
+def test_a_setting_of_the_workers_asks_for_workers(given: dict[str, object]) -> None:
+    (name,) = given
+    with pytest.raises(ConfigError, match=rf"{name} is .*no workers.*--workers N or --pool NAME"):
+        load(None, {}, given)
+    assert load(None, {}, {"workers": 2, **given}).has_pool
+    assert load(None, {}, {"pool": "bar", **given}).has_pool
+
+
+@pytest.mark.parametrize("name", ["", "a b", "-x", "x/y", "é", "x" * 64])
+def test_the_name_of_a_pool_can_be_a_name(name: str) -> None:
+    with pytest.raises(ConfigError, match="which is no name"):
+        load(None, {}, {"pool": name})
 
 
 def test_a_step_has_a_token_for_each_of_its_sequences() -> None:
