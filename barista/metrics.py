@@ -23,6 +23,56 @@ TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2,
 REQUEST_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 
 
+class LinkStats(Protocol):
+    """The wire to one worker (router.messages.LinkStats). Seconds and bytes; rows are (token, expert) pairs."""
+
+    @property
+    def worker(self) -> str: ...
+    @property
+    def transport(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def dispatches(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def bytes_sent(self) -> int: ...
+    @property
+    def bytes_received(self) -> int: ...
+    @property
+    def exchange_seconds(self) -> float: ...
+    @property
+    def compute_seconds(self) -> float: ...
+
+
+class PoolStats(Protocol):
+    """The expert pool as the engine sees it (router.messages.PoolStats). Counters count from the engine's start."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def experts_uncovered(self) -> int: ...
+    @property
+    def resends(self) -> int: ...
+    @property
+    def hedges(self) -> int: ...
+    @property
+    def stale_epochs(self) -> int: ...
+    @property
+    def nonfinite_rows(self) -> int: ...
+    @property
+    def on_demand_loads(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def dispatch_seconds(self) -> float: ...
+    @property
+    def combine_seconds(self) -> float: ...
+    @property
+    def links(self) -> Sequence[LinkStats]: ...
+
+
 class EngineStats(Protocol):
     """What the engine tells of itself (router.messages.Stats). Counters count from its start."""
 
@@ -48,6 +98,8 @@ class EngineStats(Protocol):
     def iteration_tokens(self) -> int: ...
     @property
     def expert_tokens(self) -> tuple[tuple[int, ...], ...]: ...
+    @property
+    def pool(self) -> PoolStats | None: ...
 
 
 class RequestTimer:
@@ -108,9 +160,12 @@ class Metrics:
         """A client left before its answer was complete."""
         self.request_failure.labels("client_disconnected").inc()
 
-    def exposition(self, stats: EngineStats | None) -> bytes:
-        """Everything in Prometheus' text format. stats: None while there is no engine to ask."""
-        self._engine.stats = stats
+    def exposition(self, stats: EngineStats | None, moves: int | None = None) -> bytes:
+        """Everything in Prometheus' text format. stats: None while there is no engine to ask.
+
+        moves: replicas that the pool has moved; None where there is no controller to ask.
+        """
+        self._engine.stats, self._engine.moves = stats, moves
         return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -121,10 +176,11 @@ class Metrics:
 
 
 class EngineCollector(Collector):
-    """The engine's numbers, as of the last `stats` it was given."""
+    """The engine's numbers, as of the last `stats` it was given, and the pool's `moves`."""
 
     def __init__(self) -> None:
         self.stats: EngineStats | None = None
+        self.moves: int | None = None
 
     def describe(self) -> list[Metric]:
         """Nothing: the names are known only with an engine, and no two collectors share one."""
@@ -135,10 +191,14 @@ class EngineCollector(Collector):
         if self.stats is not None:
             yield from _engine_metrics(self.stats)
             yield from _expert_metrics(self.stats.expert_tokens)
+            yield from _placement_metrics(self.stats.pool)
+            if self.stats.pool is not None:
+                yield from _pool_metrics(self.stats.pool, self.moves)
+                yield from _worker_metrics(self.stats.pool.links)
 
 
 def load_imbalance(tokens: Sequence[int]) -> float:
-    """Busiest over average expert of one layer: 1 is perfect balance, and the value before any token."""
+    """Busiest over average expert of a layer, or worker of a pool: 1 is perfect balance, and the value before any."""
     return max(tokens) * len(tokens) / total if (total := sum(tokens)) else 1.0
 
 
@@ -166,11 +226,55 @@ def _expert_metrics(expert_tokens: Sequence[Sequence[int]]) -> Iterator[Metric]:
             imbalance.add_metric((str(layer),), load_imbalance(counts))
     yield tokens
     yield imbalance
-    # With the experts in the engine's own process there is one placement, always covered, and nothing to resend.
-    yield _gauge("placement_epoch", "Number of the placement in use.", 0)
-    yield _gauge("experts_uncovered", "Experts that no live worker holds.", 0)
-    yield _counter("resends", "Dispatches sent again after a failure.", 0)
-    yield _counter("hedges", "Dispatches sent again because of a slow worker.", 0)
+
+
+def _placement_metrics(pool: PoolStats | None) -> Iterator[Metric]:
+    """With the experts in the engine's own process there is one placement, always covered, and nothing to resend."""
+    epoch, uncovered, resends, hedges = 0, 0, 0, 0
+    if pool is not None:
+        epoch, uncovered, resends, hedges = pool.epoch, pool.experts_uncovered, pool.resends, pool.hedges
+    yield _gauge("placement_epoch", "Number of the placement in use.", epoch)
+    yield _gauge("experts_uncovered", "Experts that no reachable worker holds.", uncovered)
+    yield _counter("resends", "Dispatches sent again after a failure.", resends)
+    yield _counter("hedges", "Dispatches sent again because of a slow worker.", hedges)
+
+
+def _pool_metrics(pool: PoolStats, moves: int | None) -> Iterator[Metric]:
+    yield _counter("stale_epochs", "Answers from a worker that knew a newer placement.", pool.stale_epochs)
+    yield _counter("nonfinite_expert_rows", "Expert rows that were not finite.", pool.nonfinite_rows)
+    yield _counter("on_demand_loads", "Experts that a survivor loaded while a step waited.", pool.on_demand_loads)
+    yield _summary("dispatch_seconds", "Splitting and sending one layer's rows.", pool.layers, pool.dispatch_seconds)
+    yield _summary("combine_seconds", "Waiting for and adding one layer's rows.", pool.layers, pool.combine_seconds)
+    imbalance = load_imbalance([link.rows for link in pool.links])
+    yield _gauge("worker_load_imbalance", "Busiest over average worker since the start, by rows.", imbalance)
+    if moves is not None:
+        yield _counter("placement_moves", "Replicas that the pool has loaded or released since it began.", moves)
+
+
+def _worker_metrics(links: Sequence[LinkStats]) -> Iterator[Metric]:
+    up = GaugeMetricFamily(PREFIX + "worker_up", "1 while a worker answers in time.", labels=("worker", "transport"))
+    rows = _per_worker_counter("worker_rows", "(token, expert) pairs sent.")
+    dispatches = _per_worker_counter("worker_dispatches", "Dispatches sent.")
+    nbytes = _per_worker_counter("worker_bytes", "Bytes of rows and ids on the wire.", "direction")
+    exchange = _per_worker_summary("worker_exchange_seconds", "From a dispatch to its rows.")
+    compute = _per_worker_summary("worker_compute_seconds", "Of an exchange, what the worker computed.")
+    for link in links:
+        up.add_metric((link.worker, link.transport), link.state == "ready")
+        rows.add_metric((link.worker,), link.rows)
+        dispatches.add_metric((link.worker,), link.dispatches)
+        nbytes.add_metric((link.worker, "sent"), link.bytes_sent)
+        nbytes.add_metric((link.worker, "received"), link.bytes_received)
+        exchange.add_metric((link.worker,), link.dispatches, link.exchange_seconds)
+        compute.add_metric((link.worker,), link.dispatches, link.compute_seconds)
+    yield from (up, rows, dispatches, nbytes, exchange, compute)
+
+
+def _per_worker_counter(name: str, text: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(PREFIX + name, text, labels=("worker", *labels))
+
+
+def _per_worker_summary(name: str, text: str) -> SummaryMetricFamily:
+    return SummaryMetricFamily(PREFIX + name, text, labels=("worker",))
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from barista.errors import EngineFailed
 from router.api.app import create_app
 from router.api.settings import ApiSettings
-from router.messages import Failed, ModelInfo, SamplingParams, Stats, Submit, Token
+from router.messages import Failed, ModelInfo, PoolStats, SamplingParams, Stats, Submit, Token
 
 EOS = 0
 PIECES = (" the", " cup", "espresso", "STOP", "top", " ☕", "Hello", ", ")
@@ -76,6 +76,7 @@ class FakeEngine:
     """Plays `script(submission)`, one token every `delay` seconds.
 
     fail: index of the token in whose place Failed(fail_code) comes. gate: tokens from number gate_at wait for it.
+    pool: what it tells of its workers. hung: it answers no question about itself.
     submitted: every submission. aborted: request ids that were closed before their end.
     """
 
@@ -90,6 +91,8 @@ class FakeEngine:
     gate_at: int = 0
     submitted: list[Submit] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    pool: PoolStats | None = None
+    hung: bool = False
 
     @property
     def model(self) -> ModelInfo:
@@ -132,6 +135,8 @@ class FakeEngine:
                 self.aborted.append(request_id)
 
     async def stats(self) -> Stats:
+        if self.hung:
+            raise EngineFailed("no answer", status=503, code="engine_busy")
         return Stats(
             num_requests_running=1,
             kv_blocks_total=8,
@@ -142,6 +147,7 @@ class FakeEngine:
             step_seconds=0.5,
             iteration_tokens=20,
             expert_tokens=((), (30, 10, 0, 0)),
+            pool=self.pool,
         )
 
     def _token(self, submit: Submit, index: int, token_id: int) -> Token:

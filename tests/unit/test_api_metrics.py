@@ -4,6 +4,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from barista.metrics import load_imbalance
+from router.messages import LinkStats, PoolStats
 from tests.unit.fake_engine import FakeEngine, client, fake_app
 
 pytestmark = pytest.mark.anyio
@@ -60,6 +61,29 @@ async def test_the_engines_numbers_are_shown():
     assert values["expert_load_imbalance", "1"] == 3.0
     for name in ("placement_epoch", "experts_uncovered", "resends_total", "hedges_total", "num_preemptions_total"):
         assert values[name,] == 0
+
+
+async def test_the_pools_numbers_are_shown():
+    links = (
+        LinkStats("worker-0", "shm", "ready", 10, 60, 4000, 8000, 0.5, 0.25),
+        LinkStats("worker-1", "grpc", "suspect", 10, 20, 400, 800, 0.75, 0.5),
+    )
+    pool = PoolStats(
+        epoch=7, experts_uncovered=2, resends=3, hedges=4, stale_epochs=5, nonfinite_rows=6, on_demand_loads=8,
+        layers=12, dispatch_seconds=0.125, combine_seconds=1.5, links=links,
+    )  # fmt: skip
+    values = await scrape(FakeEngine(pool=pool))
+    expected = {
+        ("placement_epoch",): 7, ("experts_uncovered",): 2, ("resends_total",): 3, ("hedges_total",): 4,
+        ("stale_epochs_total",): 5, ("nonfinite_expert_rows_total",): 6, ("on_demand_loads_total",): 8,
+        ("dispatch_seconds_count",): 12, ("dispatch_seconds_sum",): 0.125, ("combine_seconds_sum",): 1.5,
+        ("worker_load_imbalance",): 1.5, ("worker_rows_total", "worker-0"): 60,
+        ("worker_dispatches_total", "worker-1"): 10, ("worker_bytes_total", "received", "worker-0"): 8000,
+        ("worker_bytes_total", "sent", "worker-1"): 400, ("worker_exchange_seconds_sum", "worker-1"): 0.75,
+        ("worker_compute_seconds_sum", "worker-0"): 0.25, ("worker_compute_seconds_count", "worker-0"): 10,
+        ("worker_up", "shm", "worker-0"): 1, ("worker_up", "grpc", "worker-1"): 0,
+    }  # fmt: skip
+    assert {name: values.get(name) for name in expected} == expected
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [((5, 5), 1.0), ((0, 0), 1.0), ((8, 0, 0, 0), 4.0)])
