@@ -12,18 +12,26 @@ from __future__ import annotations
 from experts.kernels.expert_table import ExpertTable
 from experts.kernels.library import load, numerics_id, set_num_threads
 from experts.kernels.ops import attention, gate, linear, moe, rms_norm, rope, silu_mul, store_kv
+from experts.kernels.routing import place_rows, route, split
+from experts.kernels.rows import combine_rows, expert_rows, find_nonfinite
 
 __all__ = [
     "ExpertTable",
     "attention",
+    "combine_rows",
+    "expert_rows",
+    "find_nonfinite",
     "gate",
     "linear",
     "load",
     "moe",
     "numerics_id",
+    "place_rows",
     "rms_norm",
     "rope",
+    "route",
     "set_num_threads",
     "silu_mul",
+    "split",
     "store_kv",
 ]

@@ -13,7 +13,7 @@ from experts.spec import GateSpec
 
 logger = logging.getLogger(__name__)
 
-_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+_P, _L, _I, _F, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_double
 
 # Name -> (argument types, result type), in the order of src/barista_kernels.h.
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
@@ -27,6 +27,12 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "bk_ties_as_torch": ([], _I),
     "bk_gate": ([_P, _P, _P, _P, _P, _L], None),
     "bk_moe": ([_P, _L, _P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _I], _I),
+    "bk_expert_rows": ([_P, _L, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _I], _L),
+    "bk_combine_rows": ([_P, _P, _P, _P, _L, _L, _L, _I], None),
+    "bk_find_nonfinite": ([_P, _P, _L, _L, _I], None),
+    "bk_route": ([_P, _L, _P, _L, _L, _P, _L, _D, _P], _I),
+    "bk_split": ([_P, _L, _L, _P, _L, _I, _P, _P, _P], _L),
+    "bk_place_rows": ([_P, _L, _L, _P, _P, _L, _L, _L], _L),
     "bk_attention": (
         [_P, _P, _L, _L, _L, _P, _L, _L, _L, _P, _L, _P, _P, _F, _P, _L, _L, _L, _L, _L, _L, _I],
         None,

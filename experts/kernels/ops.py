@@ -6,14 +6,10 @@ import torch
 from torch import Tensor
 
 from experts.kernels import reference
+from experts.kernels.dtypes import DTYPES, ROWS_OF
 from experts.kernels.expert_table import ExpertTable
 from experts.kernels.library import current, gate_parameters
 from experts.spec import GateSpec
-
-# enum bk_dtype of src/barista_kernels.h
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# The rows that weights of a dtype are multiplied with.
-_ROWS_OF = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
 
 
 def linear(
@@ -38,7 +34,7 @@ def linear(
     dtype = x.dtype
     if out is None:
         out = torch.empty((num_rows, out_features), dtype=out_dtype or dtype)
-    assert dtype is _ROWS_OF[weight.dtype]
+    assert dtype is ROWS_OF[weight.dtype]
     assert weight.shape[1] == in_features
     assert x.stride(1) == weight.stride(1) == out.stride(1) == 1
     assert out.shape == (num_rows, out_features)
@@ -54,8 +50,8 @@ def linear(
         num_rows,
         in_features,
         out_features,
-        _DTYPES[weight.dtype],
-        _DTYPES[out.dtype],
+        DTYPES[weight.dtype],
+        DTYPES[out.dtype],
     )
     return out
 
@@ -85,7 +81,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None =
         out.data_ptr(),
         num_rows,
         width,
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
     )
     return out
 
@@ -111,7 +107,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         out.data_ptr(),
         num_rows,
         width,
-        _DTYPES[gate.dtype],
+        DTYPES[gate.dtype],
     )
     return out
 
@@ -143,7 +139,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         heads,
         half,
         interleaved,
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
     )
     return x
 
@@ -192,7 +188,7 @@ def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: 
     num_tokens, hidden_size = hidden_states.shape
     rows = torch.empty((num_tokens, hidden_size), dtype=hidden_states.dtype)
     failed = torch.empty(num_tokens, dtype=torch.bool)
-    assert hidden_states.dtype is _ROWS_OF[experts.dtype]
+    assert hidden_states.dtype is ROWS_OF[experts.dtype]
     assert hidden_states.stride(1) == 1
     assert hidden_size == experts.hidden_size
     assert topk_ids.dtype is torch.int32
@@ -215,12 +211,10 @@ def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: 
         experts.num_experts,
         hidden_size,
         experts.intermediate_size,
-        _DTYPES[experts.dtype],
+        DTYPES[experts.dtype],
     )
     if status != 0:
-        raise KeyError(
-            f"an expert is not held, or is not one of {experts.num_experts}: {sorted(set(topk_ids.flatten().tolist()))}"
-        )
+        raise experts.not_held_error(topk_ids)
     return rows, failed
 
 
@@ -274,7 +268,7 @@ def attention(
         key_dim,
         value_dim,
         block_size,
-        _DTYPES[q.dtype],
+        DTYPES[q.dtype],
     )
     return out
 

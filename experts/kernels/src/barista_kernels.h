@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-// BK_FLOAT16_WEIGHTS: weights are float16 and all else is float32; only bk_linear and bk_moe take it.
+// BK_FLOAT16_WEIGHTS: weights are float16 and all else is float32; bk_linear, bk_moe and bk_expert_rows take it.
 enum bk_dtype { BK_FLOAT32 = 0, BK_BFLOAT16 = 1, BK_FLOAT16_WEIGHTS = 2 };
 
 // Threads to use, the caller's included; 0 or less: as many as this process may run on.
@@ -62,6 +62,38 @@ void bk_gate(const float* logits, const float* select_bias, const struct bk_gate
 int32_t bk_moe(const void* x, int64_t x_stride, const int32_t* topk_ids, const float* topk_weights,
                const void* const* gate, const void* const* up, const void* const* down, void* y, uint8_t* failed,
                int64_t n, int64_t topk, int64_t num_experts, int64_t hidden, int64_t intermediate, int32_t dtype);
+
+// The first half of bk_moe: the expert rows themselves, rounded to dtype and not weighted, one behind the other in
+// order of (token, place in the top-k). rows: [n * topk or fewer, hidden]. Returns their number, or -1 as bk_moe.
+int64_t bk_expert_rows(const void* x, int64_t x_stride, const int32_t* topk_ids, const void* const* gate,
+                       const void* const* up, const void* const* down, void* rows, int64_t n, int64_t topk,
+                       int64_t num_experts, int64_t hidden, int64_t intermediate, int32_t dtype);
+
+// The second half of bk_moe. addresses [n, topk]: where each expert row [hidden] is, 0 is skipped.
+void bk_combine_rows(const int64_t* addresses, const float* topk_weights, void* y, uint8_t* failed, int64_t n,
+                     int64_t topk, int64_t hidden, int32_t dtype);
+
+// nonfinite [n]: 1 where a row of rows [n, hidden] holds an infinity or a NaN.
+void bk_find_nonfinite(const void* rows, uint8_t* nonfinite, int64_t n, int64_t hidden, int32_t dtype);
+
+// Which worker computes each expert of a batch. topk_ids: num_pairs of them, id -1 is skipped; replicas: [num_experts,
+// num_replicas] workers, -1 is skipped; cost: [num_workers] time per unit of work.
+// owner [num_experts]: a worker, -1 where nobody asks, -2 where nobody holds. An expert with one holder goes there;
+// then the others go, most rows first, to the holder that would finish first with it: (expert_cost + rows) * cost on
+// top of what it has already. Ties go to the lower expert and the lower worker. Returns -1, owner undefined, if an id
+// or a worker is out of range; else 0.
+int32_t bk_route(const int32_t* topk_ids, int64_t num_pairs, const int32_t* replicas, int64_t num_experts,
+                 int64_t num_replicas, const float* cost, int64_t num_workers, double expert_cost, int32_t* owner);
+
+// The pairs of one worker. tokens [n or fewer]: which of the n tokens have any, ascending; ids [n or fewer, topk]:
+// theirs, -1 elsewhere. Returns the number of tokens; -1 if an id is out of range.
+int64_t bk_split(const int32_t* topk_ids, int64_t n, int64_t topk, const int32_t* owner, int64_t num_experts,
+                 int32_t worker, int32_t* tokens, int32_t* ids, int64_t* num_pairs);
+
+// The way back of bk_split: addresses [n, topk] of the rows that lie one behind the other from `base` on, row_bytes
+// each. Returns their number; -1, with nothing written, if a token is out of range.
+int64_t bk_place_rows(int64_t* addresses, int64_t n, int64_t topk, const int32_t* tokens, const int32_t* ids, int64_t m,
+                      int64_t base, int64_t row_bytes);
 
 // Paged causal attention. q: [n, query_heads, key_dim], y: [n, query_heads, value_dim], both contiguous.
 // Caches: [block][slot][kv head][dim] with the given strides. block_tables: [num_seqs, max_blocks].

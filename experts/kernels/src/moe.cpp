@@ -1,4 +1,5 @@
 // One layer of routed experts: down(silu(gate(x)) * up(x)) per (token, chosen expert), then the weighted sum per token.
+// Both halves can be had alone, for experts in other processes: the bytes are those of the whole.
 //
 // A "pair" is one (token, place in its top-k). Pairs are sorted by expert, so that an expert's weights are read once
 // for all of its rows. Three rounds of tasks: gate and up, down, combine.
@@ -20,6 +21,7 @@ struct Group {
 
 struct Pairs {
     int64_t* order;  // sorted position -> pair (token * k + place)
+    int64_t* ranks;  // sorted position -> how many pairs come before that pair, ids of -1 not counted
     Group* groups;
     int64_t num_groups;
     int64_t count;
@@ -28,18 +30,22 @@ struct Pairs {
 // Sorts the pairs by expert and cuts them into groups of at most kRowsPerTask rows. Pairs with id -1 are left out.
 // num_groups is -1 if an id is out of range.
 Pairs group_by_expert(const int32_t* topk_ids, int64_t num_pairs, int64_t num_experts) {
-    thread_local Buffer starts_buffer, order_buffer, groups_buffer;
+    thread_local Buffer starts_buffer, order_buffer, ranks_buffer, groups_buffer;
     int64_t* start = starts_buffer.get<int64_t>(num_experts + 2);
-    Pairs pairs{order_buffer.get<int64_t>(num_pairs), nullptr, 0, 0};
+    Pairs pairs{order_buffer.get<int64_t>(num_pairs), ranks_buffer.get<int64_t>(num_pairs), nullptr, 0, 0};
     for (int64_t e = 0; e < num_experts + 2; ++e) start[e] = 0;
     for (int64_t p = 0; p < num_pairs; ++p) {
-        if (topk_ids[p] < -1 || topk_ids[p] >= num_experts) return {nullptr, nullptr, -1, 0};
+        if (topk_ids[p] < -1 || topk_ids[p] >= num_experts) return {nullptr, nullptr, nullptr, -1, 0};
         if (topk_ids[p] >= 0) ++start[topk_ids[p] + 2];
     }
     for (int64_t e = 0; e < num_experts; ++e) start[e + 2] += start[e + 1];
     pairs.count = start[num_experts + 1];
-    for (int64_t p = 0; p < num_pairs; ++p)
-        if (topk_ids[p] >= 0) pairs.order[start[topk_ids[p] + 1]++] = p;
+    for (int64_t p = 0, rank = 0; p < num_pairs; ++p) {
+        if (topk_ids[p] < 0) continue;
+        const int64_t at = start[topk_ids[p] + 1]++;
+        pairs.order[at] = p;
+        pairs.ranks[at] = rank++;
+    }
     pairs.groups = groups_buffer.get<Group>(num_experts + pairs.count / kRowsPerTask + 1);
     for (int64_t e = 0; e < num_experts; ++e)
         for (int64_t at = start[e]; at < start[e + 1]; at += kRowsPerTask)
@@ -58,9 +64,10 @@ struct Layer {
     const T* const* down;
     int64_t hidden, intermediate;
     int64_t topk;
-    Packed* inputs;       // [num_tokens] packed rows of `hidden`
-    Packed* activations;  // [pairs.count] packed rows of `intermediate`
-    A* rows;              // [num_tokens * topk, hidden], by pair
+    Packed* inputs;         // [num_tokens] packed rows of `hidden`
+    Packed* activations;    // [pairs.count] packed rows of `intermediate`
+    A* rows;                // [.., hidden]
+    const int64_t* places;  // sorted position -> where its row goes in `rows`
     Pairs pairs;
 
     // silu(gate) * up for intermediate values [first, last) of one group, rounded as the separate operations would be.
@@ -96,30 +103,9 @@ struct Layer {
         for (int64_t r = 0; r < num_rows; ++r) x[r] = activations + (group.begin + r) * stride;
         dot_rows<T>(x, num_rows, w, count, intermediate, sums, kTile);
         for (int64_t r = 0; r < num_rows; ++r) {
-            A* to = rows + pairs.order[group.begin + r] * hidden + first;
+            A* to = rows + places[group.begin + r] * hidden + first;
             for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(sums + r * kTile + i), count - i);
         }
-    }
-
-    // The token's expert rows, weighted and added in float32 in top-k order, rounded once. Returns whether the sum is
-    // not finite, which it is not if any of the rows is not; then the result is zeros.
-    bool combine(const int32_t* ids, const float* weights, const A* token_rows, A* y) const {
-        u32v finite = ~u32v{};
-        const f32v limit = splat(std::numeric_limits<float>::max());
-        for (int64_t i = 0; i < hidden; i += kLanes) {
-            f32v total = {};
-            for (int64_t place = 0; place < topk; ++place) {
-                if (ids[place] < 0) continue;
-                total = total + load(token_rows + place * hidden + i, hidden - i) * weights[place];
-            }
-            total = rounded_to<A>(total);
-            finite &= (u32v)(total <= limit) & (u32v)(total >= -limit);
-            store(y + i, total, hidden - i);
-        }
-        bool failed = false;
-        for (int lane = 0; lane < kLanes; ++lane) failed |= finite[lane] == 0;
-        if (failed) std::memset(static_cast<void*>(y), 0, static_cast<size_t>(hidden) * sizeof(A));
-        return failed;
     }
 };
 
@@ -136,46 +122,105 @@ void for_each_tile(const Pairs& pairs, int64_t num_w, int64_t row_bytes, int64_t
     });
 }
 
+// The layer's weights, as the C interface names them.
 template <class T>
-int32_t moe(const typename Dot<T>::Activation* x, int64_t x_stride, const int32_t* topk_ids, const float* topk_weights,
-            const T* const* gate, const T* const* up, const T* const* down, typename Dot<T>::Activation* y,
-            uint8_t* failed, int64_t n, int64_t topk, int64_t num_experts, int64_t hidden, int64_t intermediate) {
+struct Weights {
+    const T* const* gate;
+    const T* const* up;
+    const T* const* down;
+    int64_t num_experts, hidden, intermediate;
+};
+
+// Writes every pair's expert row to `rows`: at the pair's own place, or, if compact, right behind the row of the pair
+// before it. Returns the number of pairs; -1, with nothing written, if an expert is not held.
+template <class T>
+int64_t expert_rows(const typename Dot<T>::Activation* x, int64_t x_stride, const int32_t* topk_ids, int64_t n,
+                    int64_t topk, const Weights<T>& w, typename Dot<T>::Activation* rows, bool compact) {
     using Packed = typename Dot<T>::Packed;
-    using A = typename Dot<T>::Activation;
-    const Pairs pairs = group_by_expert(topk_ids, n * topk, num_experts);
+    const Pairs pairs = group_by_expert(topk_ids, n * topk, w.num_experts);
     if (pairs.num_groups < 0) return -1;
     for (int64_t g = 0; g < pairs.num_groups; ++g)
-        if (!gate[pairs.groups[g].expert]) return -1;
+        if (!w.gate[pairs.groups[g].expert]) return -1;
 
-    thread_local Buffer inputs, activations, rows;
-    const int64_t in_stride = packed_stride<T>(hidden), act_stride = packed_stride<T>(intermediate);
-    const Layer<T> layer{gate,
-                         up,
-                         down,
-                         hidden,
-                         intermediate,
+    thread_local Buffer inputs, activations;
+    const int64_t in_stride = packed_stride<T>(w.hidden), act_stride = packed_stride<T>(w.intermediate);
+    const Layer<T> layer{w.gate,
+                         w.up,
+                         w.down,
+                         w.hidden,
+                         w.intermediate,
                          topk,
                          inputs.get<Packed>(n * in_stride),
                          activations.get<Packed>(pairs.count * act_stride),
-                         rows.get<A>(n * topk * hidden),
+                         rows,
+                         compact ? pairs.ranks : pairs.order,
                          pairs};
-    const int64_t pack_rows = 1 + 65536 / hidden;
+    const int64_t pack_rows = 1 + 65536 / w.hidden;
     parallel_for(ceil_div(n, pack_rows), [&](int64_t task) {
         for (int64_t t = task * pack_rows; t < n && t < (task + 1) * pack_rows; ++t)
-            pack_row<T>(layer.inputs + t * in_stride, x + t * x_stride, hidden);
+            pack_row<T>(layer.inputs + t * in_stride, x + t * x_stride, w.hidden);
     });
     constexpr int64_t kWhole = Dot<T>::kStep < kTile ? Dot<T>::kStep : kTile;  // tasks write whole packed steps
-    for_each_tile(pairs, intermediate, 2 * hidden * static_cast<int64_t>(sizeof(T)), kWhole,
+    for_each_tile(pairs, w.intermediate, 2 * w.hidden * static_cast<int64_t>(sizeof(T)), kWhole,
                   [&](const Group& group, int64_t first, int64_t last) { layer.gate_up(group, first, last); });
-    for_each_tile(pairs, hidden, intermediate * static_cast<int64_t>(sizeof(T)), kQuad,
+    for_each_tile(pairs, w.hidden, w.intermediate * static_cast<int64_t>(sizeof(T)), kQuad,
                   [&](const Group& group, int64_t first, int64_t last) { layer.down_rows(group, first, last); });
-    const int64_t combine_rows = 1 + 32768 / (hidden * topk + 1);
-    parallel_for(ceil_div(n, combine_rows), [&](int64_t task) {
-        for (int64_t t = task * combine_rows; t < n && t < (task + 1) * combine_rows; ++t)
-            failed[t] = layer.combine(topk_ids + t * topk, topk_weights + t * topk, layer.rows + t * topk * hidden,
-                                      y + t * hidden);
+    return pairs.count;
+}
+
+// All ones where a lane is finite.
+BK_INLINE u32v finite_lanes(f32v v) {
+    const f32v limit = splat(std::numeric_limits<float>::max());
+    return (u32v)(v <= limit) & (u32v)(v >= -limit);
+}
+
+BK_INLINE bool all_lanes(u32v mask) {
+    bool all = true;
+    for (int lane = 0; lane < kLanes; ++lane) all &= mask[lane] != 0;
+    return all;
+}
+
+// One token's expert rows row_of(place), NULL where there is none, weighted and added in float32 in top-k order, and
+// rounded once. Returns whether the sum is not finite, which it is not if any of the rows is not; then it is zeros.
+template <class A, class RowOf>
+BK_INLINE bool combine_token(RowOf&& row_of, const float* weights, int64_t topk, int64_t hidden, A* y) {
+    u32v finite = ~u32v{};
+    for (int64_t i = 0; i < hidden; i += kLanes) {
+        f32v total = {};
+        for (int64_t place = 0; place < topk; ++place) {
+            const A* row = row_of(place);
+            if (row) total = total + load(row + i, hidden - i) * weights[place];
+        }
+        total = rounded_to<A>(total);
+        finite &= finite_lanes(total);
+        store(y + i, total, hidden - i);
+    }
+    const bool failed = !all_lanes(finite);
+    if (failed) std::memset(static_cast<void*>(y), 0, static_cast<size_t>(hidden) * sizeof(A));
+    return failed;
+}
+
+// row_of(pair): the pair's row, or NULL.
+template <class A, class RowOf>
+void combine(RowOf&& row_of, const float* topk_weights, A* y, uint8_t* failed, int64_t n, int64_t topk,
+             int64_t hidden) {
+    const int64_t rows_per_task = 1 + 32768 / (hidden * topk + 1);
+    parallel_for(ceil_div(n, rows_per_task), [&](int64_t task) {
+        for (int64_t t = task * rows_per_task; t < n && t < (task + 1) * rows_per_task; ++t)
+            failed[t] = combine_token<A>([&](int64_t place) { return row_of(t * topk + place); },
+                                         topk_weights + t * topk, topk, hidden, y + t * hidden);
     });
-    return 0;
+}
+
+template <class T>
+Weights<T> weights_of(const void* const* gate, const void* const* up, const void* const* down, int64_t num_experts,
+                      int64_t hidden, int64_t intermediate) {
+    return {reinterpret_cast<const T* const*>(gate),
+            reinterpret_cast<const T* const*>(up),
+            reinterpret_cast<const T* const*>(down),
+            num_experts,
+            hidden,
+            intermediate};
 }
 
 }  // namespace
@@ -185,14 +230,52 @@ extern "C" int32_t bk_moe(const void* x, int64_t x_stride, const int32_t* topk_i
                           const void* const* gate, const void* const* up, const void* const* down, void* y,
                           uint8_t* failed, int64_t n, int64_t topk, int64_t num_experts, int64_t hidden,
                           int64_t intermediate, int32_t dtype) {
-    int32_t status = 0;
+    bool held = true;
     bk::dispatch_weights(dtype, [&](auto t) {
         using T = decltype(t);
         using A = typename bk::Dot<T>::Activation;
-        status =
-            bk::moe(static_cast<const A*>(x), x_stride, topk_ids, topk_weights, reinterpret_cast<const T* const*>(gate),
-                    reinterpret_cast<const T* const*>(up), reinterpret_cast<const T* const*>(down), static_cast<A*>(y),
-                    failed, n, topk, num_experts, hidden, intermediate);
+        thread_local bk::Buffer buffer;
+        A* rows = buffer.get<A>(n * topk * hidden);
+        const auto weights = bk::weights_of<T>(gate, up, down, num_experts, hidden, intermediate);
+        held = bk::expert_rows<T>(static_cast<const A*>(x), x_stride, topk_ids, n, topk, weights, rows, false) >= 0;
+        if (!held) return;
+        bk::combine<A>([&](int64_t pair) { return topk_ids[pair] < 0 ? nullptr : rows + pair * hidden; }, topk_weights,
+                       static_cast<A*>(y), failed, n, topk, hidden);
     });
-    return status;
+    return held ? 0 : -1;
+}
+
+extern "C" int64_t bk_expert_rows(const void* x, int64_t x_stride, const int32_t* topk_ids, const void* const* gate,
+                                  const void* const* up, const void* const* down, void* rows, int64_t n, int64_t topk,
+                                  int64_t num_experts, int64_t hidden, int64_t intermediate, int32_t dtype) {
+    int64_t count = 0;
+    bk::dispatch_weights(dtype, [&](auto t) {
+        using T = decltype(t);
+        using A = typename bk::Dot<T>::Activation;
+        const auto weights = bk::weights_of<T>(gate, up, down, num_experts, hidden, intermediate);
+        count = bk::expert_rows<T>(static_cast<const A*>(x), x_stride, topk_ids, n, topk, weights,
+                                   static_cast<A*>(rows), true);
+    });
+    return count;
+}
+
+extern "C" void bk_combine_rows(const int64_t* addresses, const float* topk_weights, void* y, uint8_t* failed,
+                                int64_t n, int64_t topk, int64_t hidden, int32_t dtype) {
+    bk::dispatch(dtype, [&](auto a) {
+        using A = decltype(a);
+        bk::combine<A>([&](int64_t pair) { return reinterpret_cast<const A*>(addresses[pair]); }, topk_weights,
+                       static_cast<A*>(y), failed, n, topk, hidden);
+    });
+}
+
+extern "C" void bk_find_nonfinite(const void* rows, uint8_t* nonfinite, int64_t n, int64_t hidden, int32_t dtype) {
+    bk::dispatch(dtype, [&](auto a) {
+        using A = decltype(a);
+        for (int64_t r = 0; r < n; ++r) {
+            const A* row = static_cast<const A*>(rows) + r * hidden;
+            bk::u32v finite = ~bk::u32v{};
+            for (int64_t i = 0; i < hidden; i += bk::kLanes) finite &= bk::finite_lanes(bk::load(row + i, hidden - i));
+            nonfinite[r] = !bk::all_lanes(finite);
+        }
+    });
 }

@@ -1,0 +1,10 @@
+"""The dtypes of the kernels."""
+
+from __future__ import annotations
+
+import torch
+
+# enum bk_dtype of src/barista_kernels.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# The rows that weights of a dtype are multiplied with.
+ROWS_OF = {torch.float32: torch.float32, torch.bfloat16: torch.bfloat16, torch.float16: torch.float32}
