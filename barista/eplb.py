@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from barista.draft import Draft
+
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -35,6 +37,50 @@ def rebalance_experts(
     log2phy = np.full((num_layers, num_experts, int(logcnt.max())), -1, np.int64)
     log2phy[np.arange(num_layers)[:, None], phy2log, rank] = np.arange(num_replicas)
     return phy2log, log2phy, logcnt
+
+
+def place_afresh(draft: Draft) -> None:
+    """Give the workers of a draft the replicas that EPLB asks for, so mapped that as many as possible are held already.
+
+    Every worker gets as many slots in every layer, as the smallest can hold. Two replicas of an expert on one worker are
+    one. Raises ValueError where experts differ in size or number between layers, or the slots are too few.
+    """
+    num_workers = len(draft.workers)
+    sizes, counts = set(draft.bytes.tolist()), {rows.stop - rows.start for rows in draft.rows}
+    if len(sizes) != 1 or len(counts) != 1:
+        raise ValueError(
+            f"EPLB needs equal slots, but experts have {sorted(sizes)} bytes, layers {sorted(counts)} experts"
+        )
+    num_experts, slot_bytes = counts.pop(), sizes.pop()
+    smallest = int(draft.capacity.min(initial=np.iinfo(np.int64).max)) if num_workers else 0
+    slots = min(smallest // (slot_bytes * len(draft.rows)), num_experts)
+    if slots * num_workers < num_experts:
+        raise ValueError(
+            f"EPLB needs equal slots: {num_workers} workers with {slots} in each layer, as the smallest has memory for, "
+            f"do not hold {num_experts} experts"
+        )
+    weight = draft.weight.reshape(len(draft.rows), num_experts)
+    phy2log, _, _ = rebalance_experts(weight, num_workers * slots, 1, draft.num_nodes, num_workers)
+    for rows, experts in zip(draft.rows, phy2log.reshape(-1, num_workers, slots), strict=True):
+        wanted = np.zeros((num_workers, num_experts), np.bool_)
+        np.put_along_axis(wanted, experts, True, axis=1)
+        held = draft.held[rows]
+        for pack, worker in _match(wanted.astype(np.int64) @ held):
+            for expert in (wanted[pack] & ~held[:, worker]).nonzero()[0]:
+                draft.place(rows.start + int(expert), worker)
+            for expert in (~wanted[pack] & held[:, worker]).nonzero()[0]:
+                draft.drop(rows.start + int(expert), worker)
+
+
+def _match(overlap: Ints) -> list[tuple[int, int]]:
+    """Pair every pack with a worker, the greatest overlap [packs, workers] first; ties: the first."""
+    left = overlap.copy()
+    pairs = []
+    for _ in range(len(left)):
+        pack, worker = divmod(int(left.argmax()), left.shape[1])
+        left[pack, :] = left[:, worker] = -1
+        pairs.append((pack, worker))
+    return pairs
 
 
 def _check_shape(num_experts: int, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> None:
