@@ -10,7 +10,7 @@ import ctypes
 import logging
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -146,12 +146,15 @@ class ShmLink:
         self._window.unlink()
 
 
-class Computed(NamedTuple):
-    """How a computation ended; its expert rows are in the window. epoch: the newest placement that the worker knows."""
+class Computed(Protocol):
+    """How a computation ended. epoch: the newest placement that the worker knows. not_held: expert ids (NOT_HELD)."""
 
-    status: RowsStatus
-    epoch: int
-    not_held: tuple[int, ...] = ()
+    @property
+    def status(self) -> RowsStatus: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def not_held(self) -> tuple[int, ...]: ...
 
 
 # (layer, hidden_states [n, hidden], topk_ids [n, k] int32, out [num_pairs, hidden]) -> Computed. `out` is to be filled,
@@ -175,22 +178,17 @@ def serve_window(window: Window, compute: Compute) -> None:
             logger.error("an engine wrote a request that makes no sense into its window, which is closed")
             window.close()
             return
-        start = time.perf_counter_ns()
-        computed = _compute(window, dispatch, compute)
-        combine.compute_nanoseconds = time.perf_counter_ns() - start
         combine.step, combine.layer, combine.attempt = dispatch.step, dispatch.layer, dispatch.attempt
-        combine.status, combine.epoch = _STATUS_CODES[computed.status], computed.epoch
-        not_held = computed.not_held[:MAX_NOT_HELD]
-        combine.num_not_held = len(not_held)
-        combine.not_held[: len(not_held)] = not_held
+        _compute(window, dispatch, combine, compute)
         answer(window.end, number, combine_at)
         number = (number + 1) % _NUMBERS
 
 
-def _compute(window: Window, dispatch: Dispatch, compute: Compute) -> Computed:
+def _compute(window: Window, dispatch: Dispatch, combine: Combine, compute: Compute) -> None:
     num_rows = dispatch.num_rows
+    start = time.perf_counter_ns()
     try:
-        return compute(
+        computed = compute(
             dispatch.layer,
             window.hidden_states[:num_rows],
             window.topk_ids[:num_rows],
@@ -198,7 +196,13 @@ def _compute(window: Window, dispatch: Dispatch, compute: Compute) -> Computed:
         )
     except Exception:
         logger.exception("the experts of layer %d could not be computed", dispatch.layer)
-        return Computed(RowsStatus.FAILED, dispatch.epoch)
+        combine.status, combine.num_not_held = _STATUS_CODES[RowsStatus.FAILED], 0
+    else:
+        not_held = computed.not_held[:MAX_NOT_HELD]
+        combine.status, combine.epoch = _STATUS_CODES[computed.status], computed.epoch
+        combine.num_not_held = len(not_held)
+        combine.not_held[: len(not_held)] = not_held
+    combine.compute_nanoseconds = time.perf_counter_ns() - start
 
 
 def _nanoseconds(deadline: float) -> int:

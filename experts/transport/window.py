@@ -1,8 +1,9 @@
 """Windows: shared memory between one engine and one worker of a host. Its layout is cuda/window.h.
 
-The engine creates a window, tells the worker its name and a nonce over the control stream, and takes the name away once
-the worker has answered. From then on nothing but the two mappings keeps the memory, so that no death leaves anything
-behind. Only an engine killed between the two leaves a segment; the next `create_window` on that host removes it.
+The engine creates a window and tells the worker its name and a nonce over the control stream. The worker takes the name
+away as soon as it has mapped the window, and so does the engine when it has the answer, whatever it is. From then on
+nothing but the two mappings keeps the memory, so that no death leaves anything behind. Only an engine killed before the
+worker has mapped its window leaves a segment; the next `create_window` on that host removes it.
 """
 
 from __future__ import annotations
@@ -213,7 +214,7 @@ def create_window(max_rows: int, top_k: int, hidden_size: int, dtype: torch.dtyp
 
 
 def open_window(name: str, nonce: bytes, size_bytes: int) -> Window:
-    """The worker's end of a window that an engine has created. Raises WindowRefused with the reason.
+    """The worker's end of a window that an engine has created, whose name is then gone. Raises WindowRefused.
 
     Reading the nonce proves that both ends share a host. Nothing but a window of our own user is ever opened.
     """
@@ -242,7 +243,9 @@ def open_window(name: str, nonce: bytes, size_bytes: int) -> Window:
         raise WindowRefused(f"{name} is not laid out as its header says")
     # The header lies in shared memory: only this copy of it is believed from now on.
     shape = Shape.from_buffer_copy(header.shape)
-    return Window(functions, name, memory, shape, _DTYPES[header.value_dtype])
+    window = Window(functions, name, memory, shape, _DTYPES[header.value_dtype])
+    window.unlink()
+    return window
 
 
 def sweep() -> None:
