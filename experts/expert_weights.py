@@ -1,0 +1,40 @@
+"""The weights of one expert, as they are held in memory."""
+
+from __future__ import annotations
+
+import torch
+
+from experts.checkpoint import Checkpoint, TensorInfo
+from experts.formats import held_dtype_of
+from experts.spec import FFNSpec
+from experts.weights import WeightReader
+
+ExpertWeights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def held_as(info: TensorInfo, model_dtype: torch.dtype) -> torch.dtype:
+    """torch's dtype for what experts/formats.py says of this tensor."""
+    dtype: torch.dtype = getattr(torch, held_dtype_of(info, str(model_dtype).removeprefix("torch.")))
+    return dtype
+
+
+class ExpertReader:
+    """Reads experts from a checkpoint: views of the mapped files where the stored dtype is the held one."""
+
+    def __init__(self, checkpoint: Checkpoint, model_dtype: torch.dtype) -> None:
+        self._checkpoint = checkpoint
+        self._model_dtype = model_dtype
+        self._reader = WeightReader(checkpoint)
+
+    def read(self, spec: FFNSpec, layer: int, expert: int) -> ExpertWeights:
+        """gate [intermediate, hidden], up [intermediate, hidden] and down [hidden, intermediate], contiguous.
+
+        Raises CheckpointError for a missing or misshapen tensor.
+        """
+        gate, up, down = (self._get(name, shape) for name, shape in spec.tensors(layer, expert).items())
+        return gate, up, down
+
+    def _get(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
+        info = self._checkpoint.tensors.get(name)
+        dtype = self._model_dtype if info is None else held_as(info, self._model_dtype)
+        return self._reader.get(name, shape, dtype)

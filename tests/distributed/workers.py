@@ -1,0 +1,96 @@
+"""Real worker processes of tiny models, for tests. Each is gone at the end of its `with`, whatever happens there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from barista.trust import TOKEN_VARIABLE, Trust
+from experts.checkpoint import open_checkpoint
+from experts.expert_model import ExpertModel, checkpoint_digest
+from router.model.families import model_spec
+from router.model.spec import MoESpec
+from tests.unit.tiny_model import write_tiny_model
+
+TOKEN = "test-token"
+TRUST = Trust(TOKEN)
+START_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class RunningWorker:
+    process: subprocess.Popen[bytes]
+    address: str
+    pid: int
+    name: str
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it has gone."""
+        self.process.kill()
+        self.process.wait()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """SIGSTOP for the length of the `with`."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+
+def expert_model(path: Path, dtype: str = "float32") -> ExpertModel:
+    checkpoint = open_checkpoint(path)
+    spec = model_spec(checkpoint.config)
+    layers = {index: layer for index, layer in enumerate(spec.layers) if isinstance(layer, MoESpec)}
+    return ExpertModel(
+        path=path,
+        dtype=dtype,
+        top_k=max(layer.gate.top_k for layer in layers.values()),
+        layers={index: layer.experts for index, layer in layers.items()},
+        digest=checkpoint_digest(checkpoint, dtype),
+    )
+
+
+def tiny_expert_model(folder: Path, dtype: str = "float32", **changes: object) -> ExpertModel:
+    """The experts of tests/unit/tiny_model.py: two layers of 4 experts, top 2, hidden 32, intermediate 16."""
+    return expert_model(write_tiny_model(folder, **changes), dtype)
+
+
+@contextmanager
+def start_worker(
+    model: ExpertModel,
+    name: str,
+    *,
+    capacity: int = 1 << 30,
+    threads: int = 1,
+    env: Mapping[str, str] | None = None,
+    main: str = "experts.worker",
+    tls_dir: Path | None = None,
+) -> Iterator[RunningWorker]:
+    """A worker process that holds nothing yet. main: a module that takes the same flags, such as one that misbehaves."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.json"
+        file.write_text(model.to_json())
+        command = [sys.executable, "-m", main, "--name", name, "--model", str(file), "--until-eof"]
+        command += ["--capacity", str(capacity), "--threads", str(threads)]
+        command += [] if tls_dir is None else ["--tls-dir", str(tls_dir)]
+        environment = os.environ | {TOKEN_VARIABLE: TOKEN, "BARISTA_CACHE": folder} | dict(env or {})
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, f"{name} ended with exit code {process.wait()}"
+            served = json.loads(line)
+            yield RunningWorker(process, served["address"], served["pid"], served["name"])
+        finally:
+            process.kill()  # also ends a stopped one
+            process.communicate()
