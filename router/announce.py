@@ -21,7 +21,10 @@ def base_url(host: str, port: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Announcement:
-    """What is known before the model is loaded. url: without a path. has_chat: the model has a chat template."""
+    """What is known before the model is loaded. url: without a path. has_chat: the model has a chat template.
+
+    workers: those that hold the experts, in words; empty while the engine holds them.
+    """
 
     url: str
     model_id: str
@@ -29,6 +32,7 @@ class Announcement:
     threads: int
     has_chat: bool
     needs_key: bool
+    workers: str = ""
 
     def as_json(self, model: ModelInfo) -> str:
         """For programs."""
@@ -37,6 +41,7 @@ class Announcement:
     def as_text(self, model: ModelInfo) -> str:
         """For people."""
         experts = f", {model.num_experts} experts in a layer" if model.num_experts else ""
+        workers = f"  workers   {self.workers}\n" if self.workers else ""
         kv_size = size(model.kv_capacity_tokens * model.kv_bytes_per_token)
         return (
             f"Ready: {self.model_id} at {self.url}/v1\n"
@@ -44,6 +49,7 @@ class Announcement:
             f"  context   {model.max_model_len:,} tokens\n"
             f"  KV cache  {model.kv_capacity_tokens:,} tokens, {kv_size}\n"
             f"  threads   {self.threads}\n"
+            f"{workers}"
             f"Try it:\n  {self.curl_line()}\n"
             "Ctrl-C stops it."
         )

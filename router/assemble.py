@@ -11,32 +11,39 @@ from router.api.app import create_app
 from router.api.settings import ApiSettings
 from router.chat_template import ChatTemplate
 from router.engine_process import EngineProcess
+from router.keys import Keys
 from router.messages import EngineConfig
 from router.models import BUILT_IN, existing_path
+from router.pool_order import pool_process, worker_threads
 from router.server import Server
 from router.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 
-def assemble(config: ServeConfig, path: Path, api_keys: tuple[bytes, ...], url: str) -> tuple[Server, Announcement]:
+def assemble(config: ServeConfig, path: Path, keys: Keys, url: str) -> tuple[Server, Announcement]:
     """A server of the model at `path` that is not running yet, and what to print once it is ready.
 
-    api_keys: sha256 of each. url: where it will be reached. Raises CheckpointError for the tokenizer or chat template.
+    url: where it will be reached. Raises CheckpointError for the tokenizer, the chat template or the experts' tensors,
+    ConfigError for workers of a dense model.
     """
     tokenizer = Tokenizer.from_checkpoint(path)
     chat_template = chat_template_of(tokenizer)
     engine = EngineProcess(engine_config(config, path, tokenizer.eos_token_ids))
-    app = create_app(engine, tokenizer, chat_template, api_settings(config, api_keys))
+    pool = pool_process(config, path) if config.has_pool else None
+    app = create_app(
+        engine, tokenizer, chat_template, api_settings(config, keys), None if pool is None else pool.client
+    )
     announcement = Announcement(
         url=url,
         model_id=model_id(config),
         path=path,
         threads=config.threads,
         has_chat=chat_template is not None,
-        needs_key=bool(api_keys),
+        workers=workers_line(config),
+        needs_key=bool(keys.api),
     )
-    return Server(app, engine, drain_timeout=config.drain_timeout), announcement
+    return Server(app, engine, pool, drain_timeout=config.drain_timeout), announcement
 
 
 def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -47,14 +54,25 @@ def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
     return ChatTemplate(tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token)
 
 
-def api_settings(config: ServeConfig, api_keys: tuple[bytes, ...]) -> ApiSettings:
+def api_settings(config: ServeConfig, keys: Keys) -> ApiSettings:
     """The part of the configuration that the API needs."""
     return ApiSettings(
         model_id=model_id(config),
-        api_keys=api_keys,
+        api_keys=keys.api,
+        admin_keys=keys.admin,
         max_waiting_requests=config.max_waiting_requests,
         max_waiting_tokens=config.max_waiting_tokens,
     )
+
+
+def workers_line(config: ServeConfig) -> str:
+    """Where the experts are, for people; empty while they are in the engine."""
+    if not config.has_pool:
+        return ""
+    name = "" if config.pool is None else f"pool {config.pool}"
+    threads = worker_threads(config)
+    count = f"{config.workers}, {threads} thread{'s' * (threads > 1)} each" if config.workers else ""
+    return ", ".join(part for part in (count, name) if part)
 
 
 def model_id(config: ServeConfig) -> str:

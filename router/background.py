@@ -14,7 +14,7 @@ from barista.errors import BaristaError
 
 STOP_SECONDS = 10
 # What could make the server ask for a key, which nobody but this process needs: a configuration file may name some.
-KEY_SETTINGS = ("BARISTA_API_KEY_FILE", "BARISTA_CONFIG")
+KEY_SETTINGS = ("BARISTA_API_KEY_FILE", "BARISTA_ADMIN_KEY_FILE", "BARISTA_CONFIG")
 
 
 @contextlib.contextmanager

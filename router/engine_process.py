@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 
+import msgspec
+
 from barista.errors import BaristaError, EngineFailed
 from router.framing import frame, read_frame_async
 from router.messages import (
@@ -19,6 +21,7 @@ from router.messages import (
     GetStats,
     Loading,
     ModelInfo,
+    PoolAddress,
     Ready,
     SamplingParams,
     Stats,
@@ -50,15 +53,19 @@ class EngineProcess:
         self._stats: list[asyncio.Future[Stats]] = []
         self.died = asyncio.Event()
 
-    async def start(self, on_progress: Callable[[float, str], None] = lambda fraction, message: None) -> None:
-        """Load the model. Raises BaristaError with the engine's own message if it cannot."""
+    async def start(
+        self,
+        on_progress: Callable[[float, str], None] = lambda fraction, message: None,
+        pool: PoolAddress | None = None,
+    ) -> None:
+        """Load the model, without its experts if they are in a pool. Raises BaristaError with the engine's message."""
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "router.engine", str(theirs.fileno())], pass_fds=[theirs.fileno()]
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._writer.write(frame(encode(self._config)))
+        self._writer.write(frame(encode(msgspec.structs.replace(self._config, pool=pool))))
         while True:
             payload = await read_frame_async(reader)
             if payload is None:

@@ -7,7 +7,6 @@ own process, then wait for whatever ends it. This process imports no torch.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import socket
 import subprocess
@@ -19,7 +18,7 @@ import typer
 from barista.config import ServeConfig
 from barista.errors import BaristaError, ConfigError
 from router.announce import base_url
-from router.loopback import is_loopback
+from router.keys import read_keys
 from router.models import BUILT_IN, resolve
 
 
@@ -31,37 +30,15 @@ def serve(config: ServeConfig, *, as_json: bool = False, until_eof: bool = False
     """
     logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its other lines tell what ours tell
-    api_keys = read_api_keys(config)
+    keys = read_keys(config)
     with listen(config.host, config.port) as sock:
         path = prepared(config.model)
         # Imported here, because it takes a second that an error in what was checked above need not wait for.
         from router.assemble import assemble
 
-        server, announcement = assemble(config, path, api_keys, base_url(config.host, sock.getsockname()[1]))
+        server, announcement = assemble(config, path, keys, base_url(config.host, sock.getsockname()[1]))
         text = announcement.as_json if as_json else announcement.as_text
         return asyncio.run(server.run(sock, lambda model: typer.echo(text(model)), until_eof=until_eof))
-
-
-def read_api_keys(config: ServeConfig) -> tuple[bytes, ...]:
-    """The sha256 of each key in --api-key-file: one a line, blank lines and lines that start with # aside.
-
-    Raises ConfigError: the file cannot be read or holds no key, or there is none and the host is not loopback.
-    """
-    if config.api_key_file is None:
-        if not is_loopback(config.host):
-            raise ConfigError(
-                f"Listening on {config.host} without API keys is refused.",
-                "Give --api-key-file FILE with one key a line, or listen on 127.0.0.1.",
-            )
-        return ()
-    try:
-        lines = config.api_key_file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Cannot read the API keys: {error}.", "Give a text file with one key a line.") from error
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not keys:
-        raise ConfigError(f"{config.api_key_file} holds no key.", "Write one key a line.")
-    return tuple(hashlib.sha256(key.encode()).digest() for key in keys)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -169,9 +169,9 @@ class LinkStats(msgspec.Struct, frozen=True):
 class PoolStats(msgspec.Struct, frozen=True):
     """The expert pool as this engine sees it. experts_uncovered: experts that no reachable worker holds.
 
-    resends: dispatches sent again after a failure; hedges: because of a slow worker. stale_epochs: answers from a worker
-    that knew a newer placement. nonfinite_rows: expert rows that were not finite. on_demand_loads: experts that a
-    survivor loaded at this engine's demand. dispatch_seconds, combine_seconds: sums over `layers` layers run.
+    resends: dispatches sent again after a failure; hedges: because of a slow worker. stale_epochs: answers from a
+    worker that knew a newer placement. nonfinite_rows: expert rows that were not finite. on_demand_loads: experts that
+    a survivor loaded at this engine's demand. dispatch_seconds, combine_seconds: sums over `layers` layers run.
     """
 
     epoch: int = 0

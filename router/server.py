@@ -1,8 +1,8 @@
-"""The running server: the API and its engine side by side, and how each ending goes.
+"""The running server: the API, its engine and, where the experts are on workers, their pool; how each ending goes.
 
 SIGINT ends at once: open streams get an error event. SIGTERM drains: new requests are refused, open streams finish, for
-at most drain_timeout. A second signal always ends at once. A dead engine, or an HTTP server that ends by itself, ends
-the server with an error.
+at most drain_timeout. A second signal always ends at once. A dead engine, an HTTP server that ends by itself, or the
+end of a pool that is the server's own, ends the server with an error.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import uvicorn
 from fastapi import FastAPI
 
 from barista.errors import BaristaError
-from router.console import progress
+from router.console import OnProgress, progress
+from router.coverage import wait_covered
 from router.engine_process import EngineProcess
 from router.messages import ModelInfo
+from router.pool_process import PoolProcess
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +51,14 @@ class _Ending:
 
 
 class Server:
-    """An application (router.api.app) and its engine. drain_timeout: seconds."""
+    """An application (router.api.app), its engine and the pool of its experts. drain_timeout: seconds."""
 
-    def __init__(self, app: FastAPI, engine: EngineProcess, *, drain_timeout: float) -> None:
+    def __init__(
+        self, app: FastAPI, engine: EngineProcess, pool: PoolProcess | None = None, *, drain_timeout: float
+    ) -> None:
         self._app = app
         self._engine = engine
+        self._pool = pool
         self._drain_timeout = drain_timeout
         self._http = _Http(
             uvicorn.Config(
@@ -78,13 +83,15 @@ class Server:
             await self._engine.close()
             self._http.should_exit = True
             await asyncio.wait((http,))
+            if self._pool is not None:
+                await self._pool.close()
         http.result()
         return 0
 
     async def _load(self, ending: _Ending, http: asyncio.Task[None]) -> bool:
-        """Start the engine; False if a signal came first. Raises BaristaError with the engine's reason."""
+        """Start pool and engine; False if a signal came first. Raises BaristaError with the reason of who cannot."""
         with progress("Loading") as on_progress:
-            loading = asyncio.create_task(self._engine.start(on_progress))
+            loading = asyncio.create_task(self._start(on_progress))
             await _first(loading, http, ending.now.wait(), ending.drain.wait())
             if not loading.done():
                 loading.cancel()
@@ -95,17 +102,35 @@ class Server:
             await loading
             return True
 
+    async def _start(self, on_progress: OnProgress) -> None:
+        """The engine loads its trunk while the workers load their experts."""
+        if self._pool is None:
+            await self._engine.start(on_progress)
+            return
+        await self._engine.start(on_progress, await self._pool.start(on_progress))
+        await wait_covered(self._engine, self._pool, on_progress)
+
     async def _until_ended(self, ending: _Ending, http: asyncio.Task[None]) -> None:
-        await _first(http, self._engine.died.wait(), ending.now.wait(), ending.drain.wait())
+        await _first(http, self._lost(), ending.now.wait(), ending.drain.wait())
         if ending.drain.is_set() and not ending.now.is_set():
             log.info("Draining: open streams have %g s to finish.", self._drain_timeout)
             self._app.state.drain()
-            await _first(
-                self._app.state.wait_idle(), self._engine.died.wait(), ending.now.wait(), timeout=self._drain_timeout
-            )
+            await _first(self._app.state.wait_idle(), self._lost(), ending.now.wait(), timeout=self._drain_timeout)
         _require_running(http)
         if self._engine.died.is_set():
             raise BaristaError("The engine died; the lines above may say why.", "Start the server again.")
+        if self._pool is not None and self._pool.died.is_set() and not self._pool.outlives_keeper:
+            raise self._pool.failure
+
+    async def _lost(self) -> None:
+        """Return when what the server cannot do without has died: its engine, or a pool that ends with its keeper."""
+        if self._pool is None:
+            await self._engine.died.wait()
+            return
+        await _first(self._engine.died.wait(), self._pool.died.wait())
+        if self._pool.outlives_keeper and not self._engine.died.is_set():
+            log.warning("The pool's keeper has died; its workers go on, and so does this server.")
+            await self._engine.died.wait()
 
 
 def _require_running(http: asyncio.Task[None]) -> None:

@@ -54,20 +54,21 @@ def _names_this_machine(host: str) -> bool:
 
 
 class RequireKey:
-    """Default deny: once keys are configured, everything but OPEN_PATHS needs one.
+    """Default deny: once API keys are configured, everything but OPEN_PATHS needs one, or an admin key.
 
-    Puts the key's sha256 digest, or b"" if no keys are configured, into scope["barista.key"].
+    Puts the key's sha256 digest, or b"" for a caller who needs none, into scope["barista.key"].
     """
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
-        self._digests = settings.api_keys
+        self._required = bool(settings.api_keys)
+        self._digests = settings.api_keys + settings.admin_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on or answer 401 (ASGI)."""
         if scope["type"] == "http":
-            scope["barista.key"] = key = self._match(Headers(scope=scope)) if self._digests else b""
-            if key is None and scope["path"] not in OPEN_PATHS:
+            scope["barista.key"] = key = self._match(Headers(scope=scope))
+            if self._required and not key and scope["path"] not in OPEN_PATHS:
                 error = InvalidRequest(
                     "A valid API key is needed, as `Authorization: Bearer KEY`.", status=401, code="invalid_api_key"
                 )
@@ -75,12 +76,15 @@ class RequireKey:
                 return
         await self._app(scope, receive, send)
 
-    def _match(self, headers: Headers) -> bytes | None:
-        """The digest of the caller's key. All are compared, each in constant time, so time tells nothing."""
+    def _match(self, headers: Headers) -> bytes:
+        """The digest of the caller's key, b"" if it is not known.
+
+        All are compared, each in constant time, so time tells nothing.
+        """
         scheme, _, key = headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
         matches = [known for known in self._digests if hmac.compare_digest(known, digest)]
-        return matches[0] if matches and scheme.lower() == "bearer" else None
+        return matches[0] if matches and scheme.lower() == "bearer" else b""
 
 
 class ReadBody:

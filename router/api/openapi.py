@@ -20,7 +20,11 @@ POST_ERRORS = _errors(400, 401, 404, 405, 408, 413, 415, 421, 500, 503)
 GENERATION_ERRORS = {**POST_ERRORS, **_errors(429)}
 
 
+POOL_ERRORS = {**POST_ERRORS, **_errors(403, 422)}
+
+
 UNREADY = _errors(405, 421, 503)
+GET_POOL_ERRORS = {**GET_ERRORS, **_errors(500, 503)}
 TEXT: dict[str, Any] = {"description": "Prometheus text.", "content": {"text/plain": {"schema": {"type": "string"}}}}
 EVENT_STREAM: dict[str, Any] = {
     "description": "The answer, or with `stream` a server-sent event per chunk and `data: [DONE]` as the last.",
@@ -29,7 +33,7 @@ EVENT_STREAM: dict[str, Any] = {
 
 
 def install_document(app: FastAPI, needs_key: bool) -> None:
-    """Make `app` describe itself truly: FastAPI's 422 is never sent here, and with keys every route asks for one."""
+    """Make `app` describe itself truly: FastAPI's own 422 is never sent, and with keys every route asks for one."""
     describe = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -46,4 +50,5 @@ def _complete(schema: dict[str, Any], needs_key: bool) -> None:
         schema["security"] = [{"key": []}]
     for path in schema["paths"].values():
         for operation in path.values():
-            operation["responses"].pop("422", None)
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                del operation["responses"]["422"]

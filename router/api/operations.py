@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Response
 
-from barista.errors import EngineFailed, Overloaded
+from barista.errors import EngineFailed, Overloaded, RequestError
 from barista.metrics import CONTENT_TYPE
 from router.api.openapi import GET_ERRORS, TEXT, UNREADY
 from router.api.responses import Model, ModelList, Status
 from router.api.service import Service, unknown_model
+from router.coverage import experts_uncovered
 
 
 def operations_router(service: Service) -> APIRouter:
@@ -22,10 +23,12 @@ def operations_router(service: Service) -> APIRouter:
 
     @router.get("/ready", responses=UNREADY)
     async def ready() -> Status:
-        """The model is loaded and new requests are welcome."""
+        """The model is loaded, a worker holds every expert, and new requests are welcome."""
         if not service.ready:
             code = "draining" if service.admission.draining else "not_ready"
             raise Overloaded("The server is not ready.", code=code, retry_after=5)
+        if missing := experts_uncovered(await service.engine.stats()):
+            raise Overloaded(f"No worker holds {missing} of the experts.", code="experts_uncovered", retry_after=1)
         return {"status": "ok"}
 
     @router.get("/metrics", response_class=Response, responses={**GET_ERRORS, 200: TEXT})
@@ -35,7 +38,7 @@ def operations_router(service: Service) -> APIRouter:
             stats = await service.engine.stats() if service.engine.ready else None
         except EngineFailed:
             stats = None
-        return Response(service.metrics.exposition(stats), media_type=CONTENT_TYPE)
+        return Response(service.metrics.exposition(stats, await _moves(service)), media_type=CONTENT_TYPE)
 
     @router.get("/v1/models", responses=GET_ERRORS)
     async def list_models() -> ModelList:
@@ -50,6 +53,16 @@ def operations_router(service: Service) -> APIRouter:
         return _model(service)
 
     return router
+
+
+async def _moves(service: Service) -> int | None:
+    """Replicas that the pool has moved; None where there is no controller to ask."""
+    if service.pool is None:
+        return None
+    try:
+        return (await service.pool.state()).moves
+    except RequestError:
+        return None
 
 
 def _model(service: Service) -> Model:

@@ -159,3 +159,69 @@ class Status(TypedDict):
     """GET /health and /ready."""
 
     status: Literal["ok"]
+
+
+class WorkerReport(TypedDict):
+    """One worker of GET /pool. bytes, capacity_bytes: of experts, held and at most. restarts: by Ray.
+
+    state: the controller's word (starting, loading, ready, draining, drained, lost, refused), or suspect or down where
+    this engine cannot rely on a worker that the controller calls ready. detail: why. transport: None while the engine
+    has no wire to it. dispatches, rows, latency_ms (mean): of this engine, since its start.
+    """
+
+    name: str
+    pid: int
+    address: str
+    state: str
+    numerics_id: str
+    bytes: int
+    capacity_bytes: int
+    node: str
+    restarts: int
+    transport: str | None
+    dispatches: int
+    rows: int
+    latency_ms: float
+    detail: str
+
+
+class LayerReport(TypedDict):
+    """One layer of GET /pool. tokens: routed to each expert since the start; replicas: names of its workers."""
+
+    layer: int
+    tokens: list[int]
+    replicas: list[list[str]]
+
+
+class PoolReport(TypedDict):
+    """GET /pool. With the experts in the engine: epoch, coverage and no workers alone.
+
+    coverage: share of the experts that a live worker holds, 0..1. imbalance: busiest over average worker, by rows.
+    moves: replicas loaded or released. problem: why coverage is not complete. pool: its name, if it has one.
+    """
+
+    epoch: int
+    coverage: float
+    workers: list[WorkerReport]
+    experts_uncovered: NotRequired[int]
+    imbalance: NotRequired[float]
+    moves: NotRequired[int]
+    resends: NotRequired[int]
+    hedges: NotRequired[int]
+    engines: NotRequired[int]
+    problem: NotRequired[str]
+    pool: NotRequired[str]
+    layers: NotRequired[list[LayerReport]]
+
+
+MoveReport = TypedDict("MoveReport", {"layer": int, "expert": int, "from": str | None, "to": str | None})
+"""One replica's way. from: None for a new replica; to: None for one that is released."""
+
+
+class RebalanceReport(TypedDict):
+    """POST /pool/rebalance. imbalance: busiest over average worker, by the load that engines reported."""
+
+    moves: list[MoveReport]
+    imbalance_before: float
+    imbalance_after: float
+    dry_run: bool

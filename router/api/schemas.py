@@ -208,3 +208,21 @@ class DetokenizeRequest(StrictModel):
 
     model: Annotated[str, Field(max_length=256)] | None = None
     tokens: TokenIds
+
+
+class DrainRequest(StrictModel):
+    """POST /pool/drain. worker: its name, as GET /pool shows it."""
+
+    worker: Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class ScaleRequest(StrictModel):
+    """POST /pool/scale. workers: how many there shall be."""
+
+    workers: Annotated[int, Field(ge=1, le=4096)]
+
+
+class RebalanceRequest(StrictModel):
+    """POST /pool/rebalance. dry_run: plan the moves, make none."""
+
+    dry_run: bool | None = None

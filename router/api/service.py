@@ -18,6 +18,7 @@ from router.api.settings import ApiSettings
 from router.chat_template import ChatTemplate
 from router.engine_client import EngineClient
 from router.messages import ModelInfo
+from router.pool_client import PoolClient
 from router.tokenizer import Tokenizer
 
 LONG_TEXT = 4096  # characters; tokenising more than this takes long enough to disturb other streams
@@ -27,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Service:
-    """One application's parts. chat_template: None if the model has none.
+    """One application's parts. chat_template: None if the model has none. pool: None if the engine holds the experts.
 
     max_token_chars: the most characters that one token stands for. It takes a walk over the whole vocabulary, so it is
     done here, before anyone waits.
@@ -39,6 +40,7 @@ class Service:
     settings: ApiSettings
     admission: Admission
     metrics: Metrics
+    pool: PoolClient | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     max_token_chars: int = field(init=False)
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class ApiSettings:
     """Every bound of the edge.
 
-    model_id: the name clients see. api_keys: sha256 digests (32 bytes each); empty lets everyone in.
+    model_id: the name clients see. api_keys: sha256 digests (32 bytes each); empty lets everyone in. admin_keys: of the
+    keys that may change the pool; empty lets nobody once there are api_keys, and everyone otherwise.
     max_body_bytes: larger bodies are answered 413. body_timeout: seconds a client may take to send its body.
     max_waiting_requests, max_waiting_tokens: sequences, and their prompt tokens, that have no token yet.
     max_open_per_key: sequences of one API key's open requests. max_n: choices per prompt. max_prompts: prompts in one
@@ -18,6 +19,7 @@ class ApiSettings:
 
     model_id: str = "house-blend"
     api_keys: tuple[bytes, ...] = ()
+    admin_keys: tuple[bytes, ...] = ()
     max_body_bytes: int = 1 << 20
     body_timeout: float = 30.0
     max_waiting_requests: int = 256
