@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ctypes
-from typing import cast
+from typing import Any
 
 import numpy as np
 
-_first_byte = ctypes.c_char.from_buffer
+_first_byte: Any = ctypes.c_char.from_buffer
 _address_of = ctypes.addressof
 
 
 def address_of(array: np.ndarray) -> int:
-    """The address of a C-contiguous array's first value. `array.ctypes.data` says the same in thrice the time."""
-    if array.flags.writeable and array.size:
-        return _address_of(_first_byte(cast(bytearray, array)))
-    assert array.flags.c_contiguous
-    return array.ctypes.data
+    """The address of a C-contiguous array's first value. `array.ctypes.data` takes five times as long.
+
+    Raises BufferError or AssertionError if it is not contiguous.
+    """
+    try:
+        return _address_of(_first_byte(array))
+    except (TypeError, ValueError):  # it may not be written, or is empty
+        assert array.flags.c_contiguous
+        return array.ctypes.data
