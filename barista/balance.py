@@ -16,7 +16,6 @@ from barista.evening import even_out
 from barista.placement import ExpertKey, Placement, WorkerCapacity
 from barista.replication import add_redundancy, cover, shed
 
-
 MAX_ROUNDS = 8
 
 
@@ -38,9 +37,9 @@ class Release(NamedTuple):
 class Plan:
     """What to load and release, in layer order, and how things are then.
 
-    target: workers by expert, in the order of the workers given. imbalance: busiest over average worker, by load, summed
-    over the layers, an expert's load shared equally by its replicas; 1 is even. uncovered: experts that no worker has
-    memory for; missing_bytes: what these need.
+    target: workers by expert, in the order of the workers given. imbalance: busiest over average worker, by load,
+    summed over the layers, an expert's load shared equally by its replicas; 1 is even. uncovered: experts that no
+    worker has memory for; missing_bytes: what these need.
     """
 
     loads: tuple[Load, ...]
@@ -67,7 +66,7 @@ def plan(
     load: tokens by expert; what is absent counts as 0, a layer without any as evenly loaded. expert_bytes: by layer.
     redundancy: replicas that each expert should have, on different nodes where there are several. move_budget: the most
     loads beyond those that coverage needs; None: no limit. Ties go by expert, then by the order of `workers`.
-    Raises ValueError for two workers of one name, redundancy below 1, or what EPLB cannot do: unequal experts, a budget.
+    Raises ValueError for two workers of one name, redundancy below 1, or what EPLB cannot do: unequal slots, a budget.
     """
     names = [worker.name for worker in workers]
     if len(set(names)) != len(names):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ Ints = NDArray[Any]
 class Draft:
     """K experts in order of (layer, expert), L layers, W workers in the order given.
 
-    held, old: [K, W], who holds what now and who held it when planning began. count: [K], replicas. weight: [K], load, by
-    the layer's experts alike where a layer has none. load: [L, W], an expert's load shared equally by its replicas.
+    held, old: [K, W], who holds what now and who held it when planning began. count: [K], replicas. weight: [K], load,
+    1 for each expert of a layer that has none. load: [L, W], an expert's load shared equally by its replicas.
     free: [W], bytes; below zero on a worker that was given more than its capacity. node: [W], a number for each node.
+    loads: replicas to load beyond those that coverage needs. anchored: [K], whether coverage needs none.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class Draft:
         index = {layer: number for number, layer in enumerate(layers)}
         self.layer = np.array([index[layer] for layer, _ in self.keys], np.int64)
         bounds = np.searchsorted(self.layer, np.arange(len(layers) + 1))
-        self.rows = [slice(int(start), int(end)) for start, end in zip(bounds, bounds[1:], strict=False)]
+        self.rows = [slice(int(start), int(end)) for start, end in pairwise(bounds)]
         self.bytes = np.array([expert_bytes[layer] for layer, _ in self.keys], np.int64)
         self.weight = np.array([float(load.get(key, 0.0)) for key in self.keys], np.float64)
         for rows in self.rows:

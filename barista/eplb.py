@@ -40,10 +40,10 @@ def rebalance_experts(
 
 
 def place_afresh(draft: Draft) -> None:
-    """Give the workers of a draft the replicas that EPLB asks for, so mapped that as many as possible are held already.
+    """Give the workers of a draft the replicas that EPLB asks for, so mapped that many of them are held already.
 
-    Every worker gets as many slots in every layer, as the smallest can hold. Two replicas of an expert on one worker are
-    one. Raises ValueError where experts differ in size or number between layers, or the slots are too few.
+    Every worker gets as many slots in every layer, as the smallest can hold. Two replicas of an expert on one worker
+    are one. Raises ValueError where experts differ in size or number between layers, or the slots are too few.
     """
     num_workers = len(draft.workers)
     sizes, counts = set(draft.bytes.tolist()), {rows.stop - rows.start for rows in draft.rows}
@@ -56,11 +56,11 @@ def place_afresh(draft: Draft) -> None:
     slots = min(smallest // (slot_bytes * len(draft.rows)), num_experts)
     if slots * num_workers < num_experts:
         raise ValueError(
-            f"EPLB needs equal slots: {num_workers} workers with {slots} in each layer, as the smallest has memory for, "
-            f"do not hold {num_experts} experts"
+            f"EPLB needs equal slots: {num_workers} workers with {slots} in each layer, which is what the "
+            f"smallest has memory for, do not hold {num_experts} experts"
         )
     weight = draft.weight.reshape(len(draft.rows), num_experts)
-    phy2log, _, _ = rebalance_experts(weight, num_workers * slots, 1, draft.num_nodes, num_workers)
+    phy2log, _, _ = rebalance_experts(weight, num_workers * slots, 1, 1, num_workers)
     for rows, experts in zip(draft.rows, phy2log.reshape(-1, num_workers, slots), strict=True):
         wanted = np.zeros((num_workers, num_experts), np.bool_)
         np.put_along_axis(wanted, experts, True, axis=1)
@@ -106,7 +106,8 @@ def _place_layer(
         experts = groups[node_groups].ravel()
         replicas, rank, count = _replicate(load[experts], num_replicas // num_nodes)
         logcnt[experts] = count
-        slots = np.concatenate(_pack((load[experts] / count)[replicas], num_gpus // num_nodes))
+        share = (load[experts] / count).astype(np.float32)
+        slots = np.concatenate(_pack(share[replicas], num_gpus // num_nodes))
         phy2log.append(experts[replicas[slots]])
         ranks.append(rank[slots])
     return np.concatenate(phy2log), np.concatenate(ranks), logcnt

@@ -65,8 +65,10 @@ def add_redundancy(draft: Draft, redundancy: int, budget: int | None) -> None:
 
 
 def _in_order(draft: Draft, todo: Ints, fits: bool) -> Iterator[tuple[int, Ints | None]]:
-    """(expert, bytes that each worker should at most give to its layer): layer by layer, large experts first, if they
-    all fit, so that every layer has its share of every worker; otherwise small ones first, and of these the hot ones."""
+    """(expert, bytes that each worker should keep for the layers to come), for each expert in the order of placing.
+
+    If all fit: layer by layer, large experts first; else small ones first, and of these the hot ones, keeping nothing.
+    """
     weight, size, layer = draft.weight[todo], draft.bytes[todo], draft.layer[todo]
     if not fits:
         for expert in todo[np.lexsort((todo, -weight, size))]:
@@ -141,7 +143,7 @@ def _shift(draft: Draft, expert: int, allowed: Bools, budget: int | None) -> int
 
 
 def _prefer_hot(draft: Draft, level: int, budget: int | None) -> None:
-    """Let experts that lack their replica take the room of surplus replicas, and of much colder experts' redundant ones."""
+    """Let experts that lack a replica take the room of surplus ones, and of much colder experts' redundant ones."""
     hot = (draft.count == level - 1).nonzero()[0]
     cold = (draft.count >= level).nonzero()[0]
     if not len(hot) or not len(cold):
