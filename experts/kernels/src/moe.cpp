@@ -54,19 +54,25 @@ Pairs group_by_expert(const int32_t* topk_ids, int64_t num_pairs, int64_t num_ex
     return pairs;
 }
 
+// The layer's weights, as the C interface has them.
+template <class T>
+struct Weights {
+    const T* const* gate;
+    const T* const* up;
+    const T* const* down;
+    int64_t num_experts, hidden, intermediate;
+};
+
 template <class T>
 struct Layer {
     using Packed = typename Dot<T>::Packed;
     using A = typename Dot<T>::Activation;
 
-    const T* const* gate;
-    const T* const* up;
-    const T* const* down;
-    int64_t hidden, intermediate;
+    Weights<T> w;
     int64_t topk;
     Packed* inputs;         // [num_tokens] packed rows of `hidden`
     Packed* activations;    // [pairs.count] packed rows of `intermediate`
-    A* rows;                // [.., hidden]
+    A* rows;                // [pairs.count or more, hidden]
     const int64_t* places;  // sorted position -> where its row goes in `rows`
     Pairs pairs;
 
@@ -74,14 +80,14 @@ struct Layer {
     void gate_up(const Group& group, int64_t first, int64_t last) const {
         const T *gate_rows[kTile], *up_rows[kTile];
         alignas(64) float gate_sums[kRowsPerTask * kTile], up_sums[kRowsPerTask * kTile];
-        const int64_t count = tile_pointers(gate_rows, gate[group.expert], hidden, first, last);
-        tile_pointers(up_rows, up[group.expert], hidden, first, last);
-        const int64_t in_stride = packed_stride<T>(hidden), out_stride = packed_stride<T>(intermediate);
+        const int64_t count = tile_pointers(gate_rows, w.gate[group.expert], w.hidden, first, last);
+        tile_pointers(up_rows, w.up[group.expert], w.hidden, first, last);
+        const int64_t in_stride = packed_stride<T>(w.hidden), out_stride = packed_stride<T>(w.intermediate);
         const int64_t num_rows = group.end - group.begin;
         const Packed* x[kRowsPerTask];
         for (int64_t r = 0; r < num_rows; ++r) x[r] = inputs + pairs.order[group.begin + r] / topk * in_stride;
-        dot_rows<T>(x, num_rows, gate_rows, count, hidden, gate_sums, kTile);
-        dot_rows<T>(x, num_rows, up_rows, count, hidden, up_sums, kTile);
+        dot_rows<T>(x, num_rows, gate_rows, count, w.hidden, gate_sums, kTile);
+        dot_rows<T>(x, num_rows, up_rows, count, w.hidden, up_sums, kTile);
         for (int64_t r = 0; r < num_rows; ++r) {
             A values[kTile];
             for (int64_t i = 0; i < count; i += kLanes) {
@@ -94,16 +100,16 @@ struct Layer {
     }
 
     void down_rows(const Group& group, int64_t first, int64_t last) const {
-        const T* w[kTile];
+        const T* down[kTile];
         alignas(64) float sums[kRowsPerTask * kTile];
-        const int64_t count = tile_pointers(w, down[group.expert], intermediate, first, last);
-        const int64_t stride = packed_stride<T>(intermediate);
+        const int64_t count = tile_pointers(down, w.down[group.expert], w.intermediate, first, last);
+        const int64_t stride = packed_stride<T>(w.intermediate);
         const int64_t num_rows = group.end - group.begin;
         const Packed* x[kRowsPerTask];
         for (int64_t r = 0; r < num_rows; ++r) x[r] = activations + (group.begin + r) * stride;
-        dot_rows<T>(x, num_rows, w, count, intermediate, sums, kTile);
+        dot_rows<T>(x, num_rows, down, count, w.intermediate, sums, kTile);
         for (int64_t r = 0; r < num_rows; ++r) {
-            A* to = rows + places[group.begin + r] * hidden + first;
+            A* to = rows + places[group.begin + r] * w.hidden + first;
             for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(sums + r * kTile + i), count - i);
         }
     }
@@ -122,15 +128,6 @@ void for_each_tile(const Pairs& pairs, int64_t num_w, int64_t row_bytes, int64_t
     });
 }
 
-// The layer's weights, as the C interface names them.
-template <class T>
-struct Weights {
-    const T* const* gate;
-    const T* const* up;
-    const T* const* down;
-    int64_t num_experts, hidden, intermediate;
-};
-
 // Writes every pair's expert row to `rows`: at the pair's own place, or, if compact, right behind the row of the pair
 // before it. Returns the number of pairs; -1, with nothing written, if an expert is not held.
 template <class T>
@@ -144,11 +141,7 @@ int64_t expert_rows(const typename Dot<T>::Activation* x, int64_t x_stride, cons
 
     thread_local Buffer inputs, activations;
     const int64_t in_stride = packed_stride<T>(w.hidden), act_stride = packed_stride<T>(w.intermediate);
-    const Layer<T> layer{w.gate,
-                         w.up,
-                         w.down,
-                         w.hidden,
-                         w.intermediate,
+    const Layer<T> layer{w,
                          topk,
                          inputs.get<Packed>(n * in_stride),
                          activations.get<Packed>(pairs.count * act_stride),
