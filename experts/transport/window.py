@@ -154,8 +154,7 @@ class Window:
         self.nonce = bytes(_Header.from_buffer(memory).nonce)
         self._end = _End(ctypes.addressof(self._start), shape, 0, 0, int(SPIN_SECONDS * 1e9))
         self.end = ctypes.addressof(self._end)
-        at = _Offsets()
-        functions.bk_window_locate(ctypes.addressof(shape), 0, ctypes.addressof(at))
+        _, at = _locate(functions, shape)
         max_pairs = self.max_rows * self.top_k
 
         def region(offset: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
@@ -298,8 +297,14 @@ def _functions() -> ctypes.CDLL:
     return functions
 
 
+def _locate(functions: ctypes.CDLL, shape: Shape, source: int = 0) -> tuple[int, _Offsets]:
+    """Bytes of a window, 0 if there is no such window, and where the regions of one source lie."""
+    at = _Offsets()
+    return functions.bk_window_locate(ctypes.addressof(shape), source, ctypes.addressof(at)), at
+
+
 def _size_of(functions: ctypes.CDLL, shape: Shape) -> int:
-    size_bytes: int = functions.bk_window_locate(ctypes.addressof(shape), 0, ctypes.addressof(_Offsets()))
+    size_bytes, _ = _locate(functions, shape)
     if size_bytes == 0:
         raise WindowRefused(
             f"no window holds {shape.max_rows} rows of {shape.row_bytes} bytes with {shape.top_k} experts each"
