@@ -83,6 +83,11 @@ class ExpertPool:
         self._count()
         return self._expert_tokens
 
+    @property
+    def counted_tokens(self) -> torch.Tensor:
+        """As expert_tokens, without those of the step under way: may be read from any thread."""
+        return self._expert_tokens
+
     def _count(self) -> None:
         """Fold the step's choices into the counters: once a step, not once a layer, because small calls add up."""
         if not self._routed:

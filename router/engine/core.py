@@ -8,6 +8,7 @@ import time
 import torch
 
 from barista.errors import InvalidRequest, RequestError
+from router.engine.pool_stats import pool_stats
 from router.kv_cache.storage import allocate_cache
 from router.messages import Failed, ModelInfo, Stats, StepEvents, Submit, Token
 from router.model.batch import Batch
@@ -96,6 +97,7 @@ class Engine:
             step_seconds=self._step_seconds,
             iteration_tokens=self._iteration_tokens,
             expert_tokens=() if experts is None else tuple(map(tuple, experts.expert_tokens.tolist())),
+            pool=None if self._model.remote is None else pool_stats(self._model.remote),
         )
 
     def _check_ids(self, request: Submit) -> None:

@@ -13,9 +13,12 @@ import torch
 
 from barista.errors import BaristaError, ConfigError
 from barista.machine import available_memory
+from barista.trust import Trust
 from experts import kernels
 from experts.checkpoint import open_checkpoint
 from experts.formats import held_dtype
+from experts.numerics import numerics_id
+from experts.remote import PoolConfig
 from router.engine.core import Engine, kv_blocks, kv_bytes_per_token, model_info
 from router.framing import frame, read_frame
 from router.kv_cache.blocks import BlockPool
@@ -66,11 +69,13 @@ def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready]:
     kernels.set_num_threads(config.threads)
     torch.set_num_threads(config.threads)
     checkpoint = open_checkpoint(Path(config.path))
+    dtype = getattr(torch, held_dtype(checkpoint, config.format))
     model = load_model(
         checkpoint,
-        getattr(torch, held_dtype(checkpoint, config.format)),
+        dtype,
         config.max_model_len,
         lambda fraction, message: _send(sock, Loading(fraction, message)),
+        pool=_pool_config(config, dtype),
     )
     free = available_memory()
     blocks = kv_blocks(model, config.block_size, config.kv_cache_tokens, config.kv_cache_bytes, free)
@@ -90,10 +95,17 @@ def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready]:
     return Engine(model, scheduler), Ready(model_info(model, scheduler, numerics_id(model.dtype)))
 
 
-def numerics_id(dtype: torch.dtype) -> str:
-    """Names all that the bytes of an answer depend on beside the weights: kernels, instruction set, torch, dtype."""
-    version = ".".join(torch.__version__.split(".")[:2])
-    return f"{kernels.numerics_id()}-torch{version}-{str(dtype).removeprefix('torch.')}"
+def _pool_config(config: EngineConfig, dtype: torch.dtype) -> PoolConfig | None:
+    if config.pool is None:
+        return None
+    tls_dir = config.pool.tls_dir
+    return PoolConfig(
+        controller=config.pool.controller,
+        trust=Trust(config.pool.token, None if tls_dir is None else Path(tls_dir)),
+        transport=config.pool.transport,
+        numerics_id=numerics_id(dtype),
+        max_rows=config.max_num_batched_tokens,
+    )
 
 
 def _read_commands(sock: socket.socket, commands: queue.SimpleQueue[Command]) -> None:

@@ -7,12 +7,15 @@ from collections.abc import Callable
 import torch
 
 from experts import kernels
-from experts.checkpoint import Checkpoint, TensorInfo
+from experts.checkpoint import Checkpoint
 from experts.checkpoint.names import check_names
-from experts.formats import held_dtype_of
+from experts.expert_model import expert_bytes
+from experts.expert_weights import ExpertReader, held_as
 from experts.pool import ExpertPool
+from experts.remote import PoolConfig, RemotePool
 from experts.transport.local import LocalTransport
 from experts.weights import WeightReader
+from router.model.expert_model import expert_model
 from router.model.families import model_spec
 from router.model.spec import ModelSpec, MoESpec
 from router.model.tensors import expert_tensors, ignored_tensors, trunk_tensors
@@ -22,22 +25,36 @@ Progress = Callable[[float, str], None]
 
 
 class Model:
-    """A loaded model: its spec, its trunk and, where it has experts, their pool."""
+    """A loaded model: its spec, its trunk and, where it has experts, their pool; remote: the workers that hold them."""
 
-    def __init__(self, spec: ModelSpec, trunk: Trunk, pool: ExpertPool | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        trunk: Trunk,
+        pool: ExpertPool | None,
+        dtype: torch.dtype,
+        remote: RemotePool | None = None,
+    ) -> None:
         self.spec = spec
         self.trunk = trunk
         self.pool = pool
         self.dtype = dtype
+        self.remote = remote
 
 
 def load_model(
-    checkpoint: Checkpoint, model_dtype: torch.dtype, max_len: int | None = None, on_progress: Progress | None = None
+    checkpoint: Checkpoint,
+    model_dtype: torch.dtype,
+    max_len: int | None = None,
+    on_progress: Progress | None = None,
+    *,
+    pool: PoolConfig | None = None,
 ) -> Model:
     """Load every tensor that the model needs, memory-mapped where the checkpoint stores `model_dtype` already.
 
-    max_len: positions to prepare for; the model's own limit if None. Raises CheckpointError: an unknown architecture,
-    or a missing, unexpected or misshapen tensor.
+    max_len: positions to prepare for; the model's own limit if None. pool: where the experts are, if not here; returns
+    once all of them can be reached. Raises CheckpointError: an unknown architecture, or a missing, unexpected or
+    misshapen tensor; ConfigError: the pool cannot hold all experts.
     """
     spec = model_spec(checkpoint.config)
     shapes = trunk_tensors(spec)
@@ -48,38 +65,49 @@ def load_model(
     def load(name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         return reader.get(name, shapes[name], dtype or held_as(checkpoint.tensors[name], model_dtype))
 
-    pool = _local_pool(spec, checkpoint, reader, model_dtype, report)
+    remote: RemotePool | None = None
+    if pool is not None:
+        remote = _remote_pool(checkpoint, model_dtype, pool)
+        experts: ExpertPool | None = ExpertPool(remote.group, spec.num_layers, spec.num_experts)
+        remote.start(_token_counts(spec, experts))
+    else:
+        experts = _local_pool(spec, checkpoint, model_dtype, report)
     report(0.9, "trunk")
-    trunk = Trunk(spec, load, pool, min(max_len or spec.max_position, spec.max_position))
-    return Model(spec, trunk, pool, model_dtype)
-
-
-def held_as(info: TensorInfo, model_dtype: torch.dtype) -> torch.dtype:
-    """torch's dtype for what experts/formats.py says of this tensor."""
-    dtype: torch.dtype = getattr(torch, held_dtype_of(info, str(model_dtype).removeprefix("torch.")))
-    return dtype
+    trunk = Trunk(spec, load, experts, min(max_len or spec.max_position, spec.max_position))
+    if remote is not None:
+        remote.wait_covered(report)
+    return Model(spec, trunk, experts, model_dtype, remote)
 
 
 def _local_pool(
-    spec: ModelSpec, checkpoint: Checkpoint, reader: WeightReader, model_dtype: torch.dtype, report: Progress
+    spec: ModelSpec, checkpoint: Checkpoint, model_dtype: torch.dtype, report: Progress
 ) -> ExpertPool | None:
     if not spec.num_experts:
         return None
-
-    def get(name: str, shape: tuple[int, int]) -> torch.Tensor:
-        return reader.get(name, shape, held_as(checkpoint.tensors[name], model_dtype))
-
+    reader = ExpertReader(checkpoint, model_dtype)
     tables = {}
     for index, layer in enumerate(spec.layers):
         if isinstance(layer, MoESpec):
             report(0.9 * index / spec.num_layers, f"experts of layer {index}")
-            tables[index] = _table(layer, index, get)
+            weights = {e: reader.read(layer.experts, index, e) for e in range(layer.experts.num_experts)}
+            tables[index] = kernels.ExpertTable(weights, layer.experts.num_experts)
     return ExpertPool(LocalTransport(tables), spec.num_layers, spec.num_experts)
 
 
-def _table(layer: MoESpec, index: int, get: Callable[[str, tuple[int, int]], torch.Tensor]) -> kernels.ExpertTable:
-    weights = {}
-    for expert in range(layer.experts.num_experts):
-        gate, up, down = (get(name, shape) for name, shape in layer.experts.tensors(index, expert).items())
-        weights[expert] = gate, up, down
-    return kernels.ExpertTable(weights, layer.experts.num_experts)
+def _remote_pool(checkpoint: Checkpoint, model_dtype: torch.dtype, config: PoolConfig) -> RemotePool:
+    model = expert_model(checkpoint, str(model_dtype).removeprefix("torch."))
+    return RemotePool(model, expert_bytes(checkpoint, model), config)
+
+
+def _token_counts(spec: ModelSpec, experts: ExpertPool) -> Callable[[], dict[int, list[int]]]:
+    """A function that gives the tokens routed to each expert since its last call, by layer."""
+    last = torch.zeros_like(experts.counted_tokens)
+    layers = [index for index, layer in enumerate(spec.layers) if isinstance(layer, MoESpec)]
+
+    def since_last() -> dict[int, list[int]]:
+        now = experts.counted_tokens.clone()
+        difference = now - last
+        last.copy_(now)
+        return {layer: difference[layer].tolist() for layer in layers}
+
+    return since_last

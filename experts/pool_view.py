@@ -1,0 +1,151 @@
+"""What an engine knows of its pool: the controller's word, followed over `Controller.Watch`."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import grpc
+
+from barista.trust import Trust
+from barista.v1 import controller_pb2 as pb
+from barista.v1.controller_pb2_grpc import ControllerStub
+
+log = logging.getLogger(__name__)
+
+RECONNECT_SECONDS = 0.5
+REPORT_SECONDS = 1.0
+
+REACHABLE = frozenset(
+    {
+        pb.WORKER_STATE_LOADING,
+        pb.WORKER_STATE_READY,
+        pb.WORKER_STATE_DRAINING,
+        pb.WORKER_STATE_DRAINED,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """A worker that can be attached to. incarnation: another one after each restart."""
+
+    name: str
+    address: str
+    incarnation: str
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """One state of the pool. replicas: layer -> for each expert the names of its workers.
+
+    coverage: 0..1, and problem: why it is not complete, in words for the operator.
+    """
+
+    term: int
+    epoch: int
+    workers: tuple[WorkerView, ...]
+    replicas: Mapping[int, tuple[tuple[str, ...], ...]]
+    coverage: float
+    problem: str
+    model_digest: bytes
+
+
+def view_of(state: pb.PoolState) -> PoolView:
+    """The message as a value."""
+    return PoolView(
+        term=state.term,
+        epoch=state.epoch,
+        workers=tuple(
+            WorkerView(worker.name, worker.address, worker.incarnation)
+            for worker in state.workers
+            if worker.address and worker.state in REACHABLE
+        ),
+        replicas={layer.layer: tuple(tuple(expert.workers) for expert in layer.experts) for layer in state.layers},
+        coverage=state.coverage,
+        problem=state.problem,
+        model_digest=state.model_digest,
+    )
+
+
+class PoolWatch:
+    """Follows the controller in a thread of its own, for as long as it is open, however often the stream breaks.
+
+    on_view is called from that thread. loads: called about once a second; tokens by expert since its last call, by
+    layer. The last view stays in force while the controller is away: rows need no controller.
+    """
+
+    def __init__(
+        self,
+        controller: str,
+        trust: Trust,
+        engine_id: str,
+        on_view: Callable[[PoolView], None],
+        loads: Callable[[], Mapping[int, list[int]]],
+    ) -> None:
+        self._controller = controller
+        self._trust = trust
+        self._engine_id = engine_id
+        self._on_view = on_view
+        self._loads = loads
+        self._acknowledged = 0
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._closed = threading.Event()
+        self._call: grpc.Call | None = None
+        self._thread = threading.Thread(target=self._follow, name="pool-watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self._thread.start()
+
+    def acknowledge(self, epoch: int) -> None:
+        """No layer uses an older placement any more."""
+        if epoch > self._acknowledged:
+            self._acknowledged = epoch
+            self._wake.put(None)
+
+    def close(self) -> None:
+        """Stop following. Idempotent."""
+        self._closed.set()
+        self._wake.put(None)
+        if self._call is not None:
+            self._call.cancel()
+
+    def _follow(self) -> None:
+        lost = False
+        while not self._closed.is_set():
+            try:
+                with self._trust.channel(self._controller) as channel:
+                    self._call = ControllerStub(channel).Watch(self._requests(), metadata=self._trust.metadata)
+                    for state in self._call:
+                        if lost:
+                            log.info("The controller at %s answers again.", self._controller)
+                        lost = False
+                        self._on_view(view_of(state))
+            except grpc.RpcError as error:
+                if not self._closed.is_set() and not lost:
+                    log.warning("The controller at %s does not answer: %s", self._controller, error.details())
+                    lost = True
+            self._closed.wait(RECONNECT_SECONDS)
+
+    def _requests(self) -> Iterator[pb.WatchRequest]:
+        """Acknowledgements as they come, loads about once a second."""
+        sent, reported = -1, 0.0
+        while not self._closed.is_set():
+            due = time.monotonic() - reported >= REPORT_SECONDS
+            if due or sent != self._acknowledged:
+                sent = self._acknowledged
+                request = pb.WatchRequest(engine_id=self._engine_id, acknowledged_epoch=sent)
+                if due:
+                    reported = time.monotonic()
+                    loads = self._loads().items()
+                    request.loads.extend(pb.LayerLoad(layer=layer, tokens=tokens) for layer, tokens in loads)
+                yield request
+            try:
+                self._wake.get(timeout=REPORT_SECONDS)
+            except queue.Empty:
+                continue

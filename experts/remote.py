@@ -1,0 +1,108 @@
+"""A pool of workers, as an engine uses it: links, placement, on-demand loading and the router, put together."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from barista.errors import ConfigError
+from barista.trust import Trust
+from experts.attach import Hello, WorkerClient, attach
+from experts.expert_model import ExpertModel
+from experts.group import WorkerGroup
+from experts.link import Link
+from experts.on_demand import OnDemandLoader
+from experts.pool_view import PoolView, PoolWatch, WorkerView
+from experts.roster import Member, Roster
+
+ACKNOWLEDGE_SECONDS = 0.02
+# How long a pool may say that it lacks something before the start gives up: workers may still be on their way.
+PROBLEM_SECONDS = 5.0
+
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolConfig:
+    """controller: host:port. transport: auto, shm or grpc. max_rows: rows of one step at most."""
+
+    controller: str
+    trust: Trust
+    transport: str
+    numerics_id: str
+    max_rows: int
+
+
+class RemotePool:
+    """Attached to every worker of a pool for as long as it is open.
+
+    expert_bytes: of one expert, by layer.
+    """
+
+    def __init__(self, model: ExpertModel, expert_bytes: Mapping[int, int], config: PoolConfig) -> None:
+        self._model = model
+        self._config = config
+        self._engine_id = secrets.token_hex(8)
+        self._trust = config.trust
+        self._tokens: Callable[[], Mapping[int, list[int]]] = dict
+        self.roster = Roster(self._attach, {layer: spec.num_experts for layer, spec in model.layers.items()})
+        self.loader = OnDemandLoader(self.roster, self._control, expert_bytes.__getitem__)
+        self.group = WorkerGroup(self.roster, self.loader)
+        self._watch = PoolWatch(config.controller, config.trust, self._engine_id, self._on_view, lambda: self._tokens())
+        self._closed = threading.Event()
+        self._acknowledger = threading.Thread(target=self._acknowledge, name="acknowledge", daemon=True)
+
+    def start(self, tokens: Callable[[], Mapping[int, list[int]]]) -> None:
+        """Begin to watch and attach. tokens: routed to each expert since its last call, by layer."""
+        self._tokens = tokens
+        self._watch.start()
+        self._acknowledger.start()
+
+    def wait_covered(self, on_progress: Progress) -> None:
+        """Return once every expert can be reached. Raises ConfigError with the controller's reason if it cannot be."""
+        problem_since: float | None = None
+        while self.roster.view is None or self.roster.uncovered():
+            view = self.roster.view
+            attached = sum(member.up for member in self.roster.members)
+            coverage = view.coverage if view else 0.0
+            on_progress(0.9 * coverage, f"experts on workers ({attached} attached, {coverage:.0%} covered)")
+            if view is None or not view.problem:
+                problem_since = None
+            elif problem_since is None:
+                problem_since = time.monotonic()
+            elif time.monotonic() - problem_since > PROBLEM_SECONDS:
+                raise ConfigError(view.problem)
+            self.roster.wait_changed(0.2)
+
+    def close(self) -> None:
+        """Let go of the workers."""
+        self._closed.set()
+        self._watch.close()
+        self.roster.close()
+
+    def _on_view(self, view: PoolView) -> None:
+        self.roster.update(view)
+
+    def _acknowledge(self) -> None:
+        """Tell the controller which placement is in use: the newest, once no layer runs under an older one."""
+        told = 0
+        while not self._closed.wait(ACKNOWLEDGE_SECONDS):
+            epoch, in_use = self.roster.epoch, self.group.epoch_in_use
+            if epoch > told and (in_use is None or in_use >= epoch):
+                told = epoch
+                self._watch.acknowledge(epoch)
+
+    def _attach(self, worker: WorkerView) -> Link:
+        hello = Hello(
+            engine_id=self._engine_id,
+            model=self._model,
+            numerics_id=self._config.numerics_id,
+            max_rows=self._config.max_rows,
+        )
+        return attach(worker.address, hello, self._trust, transport=self._config.transport)
+
+    def _control(self, member: Member) -> WorkerClient:
+        return WorkerClient(member.view.address, self._trust)
