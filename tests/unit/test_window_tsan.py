@@ -21,7 +21,8 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def build(source: Path, program: Path) -> subprocess.CompletedProcess[str]:
-    flags = ("-std=c++17", "-O1", "-g", "-pthread", "-fsanitize=thread", "-Wall", "-Wextra", "-Werror")
+    # Only a memcpy that is called, and not expanded in place, is seen by ThreadSanitizer.
+    flags = ("-std=c++17", "-O1", "-g", "-pthread", "-fsanitize=thread", "-fno-builtin", "-Wall", "-Wextra", "-Werror")
     return run([*compiler.find_compiler(), *flags, str(source), "-o", str(program)])
 
 
