@@ -1,0 +1,144 @@
+"""Brings up a pool for one server, tells it how that goes, and takes the pool down when the server is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from barista.errors import BaristaError, ConfigError
+from experts.cluster import messages
+from experts.cluster.controller_actor import NAME, ControllerActor
+from experts.cluster.local import joined_cluster, local_cluster
+from experts.cluster.messages import PoolConfig
+from experts.cluster.workers import LOOPBACK, package_env
+
+ALIVE_SECONDS = 2.0
+FAREWELL_SECONDS = 10.0  # after the parent has gone; whatever is not done by then is done by the guard or the lease
+
+
+class Keeper:
+    """sock: the parent's end of the world. Its end of file, or SIGTERM, ends the pool, unless that has a name."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._lines = sock.makefile("rb")
+        self._end = threading.Event()
+
+    def run(self) -> None:
+        """Returns when the pool is down, or left to others."""
+        signal.signal(signal.SIGTERM, lambda *_: self._end.set())
+        line = self._lines.readline()
+        if not line:
+            return
+        threading.Thread(target=self._await_end_of_file, daemon=True).start()
+        try:
+            self._keep(PoolConfig.from_json(line.decode()))
+        except BaristaError as error:
+            self._say(messages.fatal(error.message, error.remedy))
+        except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
+            self._say(messages.fatal(f"Ray failed: {error}", "Its logs are in /tmp/ray/session_latest/logs."))
+
+    def _keep(self, config: PoolConfig) -> None:
+        namespace = f"barista-{config.pool or secrets.token_hex(4)}"
+        self._say(messages.progress(0.0, "starting Ray"))
+        with _cluster(config, namespace):
+            self._say(messages.progress(0.5, "starting the controller"))
+            controller, is_new = _controller(config, namespace)
+            try:
+                address, token, digest, path = ray.get(controller.about.remote())
+                if digest != config.model.digest:
+                    raise ConfigError(
+                        f"The pool {config.pool} serves another model ({path}, digest {digest.hex()}) than "
+                        f"{config.model.path} (digest {config.model.digest.hex()}).",
+                        "Give another --pool, or that model.",
+                    )
+                if is_new:
+                    self._say(messages.progress(0.8, f"placing {config.workers} workers"))
+                    ray.get(controller.start_workers.remote())
+                self._say(messages.ready(address, token, config.pool or ""))
+                self._wait(controller, config)
+            finally:
+                if config.pool is None:
+                    _tear_down(controller)
+
+    def _wait(self, controller: Any, config: PoolConfig) -> None:
+        while not self._end.wait(ALIVE_SECONDS):
+            if config.pool is None:
+                with contextlib.suppress(RayError):
+                    ray.get(controller.keep_alive.remote(), timeout=ALIVE_SECONDS)
+
+    def _await_end_of_file(self) -> None:
+        with contextlib.suppress(OSError):
+            while self._lines.read(4096):
+                pass
+        self._end.set()
+        timer = threading.Timer(FAREWELL_SECONDS, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
+    def _say(self, line: str) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.sendall(line.encode() + b"\n")
+
+
+def _cluster(config: PoolConfig, namespace: str) -> contextlib.AbstractContextManager[None]:
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        return joined_cluster(address, namespace)
+    if config.pool is not None:
+        raise ConfigError(
+            f"The pool {config.pool} shall outlive its server, so it needs a Ray cluster that does.",
+            f"Start one with: ray start --head --resources='{json.dumps({'barista_worker': max(4, config.workers)})}', "
+            "and set RAY_ADDRESS=127.0.0.1:6379.",
+        )
+    return local_cluster(namespace)
+
+
+def _controller(config: PoolConfig, namespace: str) -> tuple[Any, bool]:
+    """The pool's controller on this node, and whether it is a new one."""
+    with contextlib.suppress(ValueError):
+        return ray.get_actor(NAME, namespace), False
+    here = ray.get_runtime_context().get_node_id()
+    host = ray.util.get_node_ip_address()
+    controller = (
+        ray.remote(ControllerActor)
+        .options(
+            name=NAME,
+            namespace=namespace,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            max_concurrency=8,
+            num_cpus=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
+            runtime_env=package_env(),
+        )
+        .remote(config, secrets.token_urlsafe(32), namespace, host, host if config.tls_dir else LOOPBACK)
+    )
+    return controller, True
+
+
+def _tear_down(controller: Any) -> None:
+    with contextlib.suppress(RayError):
+        ray.get(controller.tear_down.remote(), timeout=FAREWELL_SECONDS / 2)
+    with contextlib.suppress(RayError):
+        ray.kill(controller, no_restart=True)
+
+
+@contextlib.contextmanager
+def inherited(fd: int) -> Iterator[socket.socket]:
+    """The socket that the parent passed on; no process that this one starts gets it."""
+    os.set_inheritable(fd, False)
+    with socket.socket(fileno=fd) as sock:
+        yield sock

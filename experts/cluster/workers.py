@@ -1,0 +1,173 @@
+"""The workers of one pool as Ray sees them: placed by placement groups, named, restarted for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
+from ray.util.placement_group import placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from barista.errors import BaristaError, ConfigError
+from experts.cluster.local import WORKER_RESOURCE
+from experts.cluster.messages import PoolConfig
+from experts.cluster.worker_actor import WorkerActor
+from experts.controller.runner import Location
+
+CPUS = 0.01  # a bundle must ask for some; threads are set explicitly
+PLACE_SECONDS = 10.0
+LOCATE_RETRY_SECONDS = 0.2
+LOOPBACK = "127.0.0.1"
+DOMAIN_LABELS = ("ray.io/availability-zone", "topology.kubernetes.io/zone")
+
+
+class RayWorkers:
+    """experts.controller.runner.Workers, as actors named worker-0, worker-1, ... of the namespace.
+
+    host: of the controller and its engines.
+    """
+
+    def __init__(self, config: PoolConfig, token: str, namespace: str, host: str) -> None:
+        self._config = config
+        self._token = token
+        self._namespace = namespace
+        self._host = host
+
+    def found(self) -> list[str]:
+        """Workers that an earlier controller of this pool has made."""
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        ours = [actor["name"] for actor in actors if actor["namespace"] == self._namespace]
+        return [name for name in ours if name.startswith("worker-")]
+
+    async def start(self, names: list[str]) -> None:
+        """Place and make these actors. Raises ConfigError when they cannot be placed within 10 s."""
+        await asyncio.to_thread(self._start, names)
+
+    async def locate(self, name: str, capacity_bytes: int) -> Location:
+        """Where the worker serves, as soon as it does. Raises BaristaError when it cannot."""
+        while True:
+            try:
+                actor = ray.get_actor(name, self._namespace)
+                address, node_id = await actor.serve.remote(capacity_bytes)
+                return Location(address, node_id[:12], _domain(node_id))
+            except BaristaError:
+                raise
+            except (RayActorError, ValueError):  # it is being restarted, or not made yet
+                await asyncio.sleep(LOCATE_RETRY_SECONDS)
+            except RayError as error:
+                raise BaristaError(f"{name} cannot serve: {error}") from error
+
+    async def stop(self, name: str) -> None:
+        """Kill the actor for good, and free its place once no other worker shares its group."""
+        await asyncio.to_thread(self._stop, name)
+
+    def stop_all(self) -> None:
+        """Kill every worker of the pool."""
+        for name in self.found():
+            self._stop(name)
+
+    def _start(self, names: list[str]) -> None:
+        has_gpus = ray.cluster_resources().get("GPU", 0) >= len(names)
+        bundle = {"CPU": CPUS, WORKER_RESOURCE: 1.0} | ({"GPU": 1.0} if has_gpus else {})
+        room = _room(bundle)
+        group_name = f"{self._namespace}-{names[0]}"
+        group = placement_group([bundle] * len(names), strategy="SPREAD", name=group_name, lifetime="detached")
+        try:
+            ray.get(group.ready(), timeout=PLACE_SECONDS)
+            nodes = _nodes_of(group)
+            hosts = self._hosts(nodes)
+        except GetTimeoutError:
+            remove_placement_group(group)
+            raise _cannot_place(len(names), min(room, len(names)), bundle) from None
+        except ConfigError:
+            remove_placement_group(group)
+            raise
+        neighbours = Counter(nodes)
+        for index, name in enumerate(names):
+            self._make(name, group, index, hosts[nodes[index]], neighbours[nodes[index]])
+
+    def _make(self, name: str, group: PlacementGroup, index: int, host: str, neighbours: int) -> None:
+        gpus = group.bundle_specs[index].get("GPU", 0)
+        ray.remote(WorkerActor).options(
+            name=name,
+            namespace=self._namespace,
+            lifetime="detached",
+            max_restarts=-1,
+            num_cpus=CPUS,
+            num_gpus=gpus,
+            resources={WORKER_RESOURCE: 1},
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
+            runtime_env=package_env(),
+        ).remote(self._config, self._token, name, host, neighbours)
+
+    def _hosts(self, nodes: list[str]) -> dict[str, str]:
+        """What the workers of each node listen on: loopback while all are on the controller's host."""
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+        elsewhere = sorted({addresses[node] for node in nodes} - {self._host})
+        if not elsewhere:
+            return dict.fromkeys(nodes, LOOPBACK)
+        if self._config.tls_dir is None:
+            raise ConfigError(
+                f"Workers would be placed on other hosts ({', '.join(elsewhere)}) without encryption, which is refused.",
+                "Give --tls-dir with certificates that all of these hosts have, or offer the resource "
+                f"{WORKER_RESOURCE} on one host only.",
+            )
+        return {node: addresses[node] for node in nodes}
+
+    def _stop(self, name: str) -> None:
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, self._namespace), no_restart=True)
+        left = set(self.found()) - {name}
+        for table in placement_group_table().values():
+            group_name = table["name"]
+            # A group is named after its first worker; it goes with the last one.
+            if table["state"] != "REMOVED" and group_name.startswith(f"{self._namespace}-worker-"):
+                first = int(group_name.rpartition("-")[2])
+                members = {f"worker-{first + index}" for index in range(len(table["bundles"]))}
+                if not members & left:
+                    with contextlib.suppress(ValueError):
+                        remove_placement_group(get_placement_group(group_name))
+
+
+def package_env() -> dict[str, Any]:
+    """What lets a process on any node import this package without an upload: the path of a checkout, if it is one."""
+    root = str(Path(__file__).resolve().parents[2])
+    if any(root.startswith(prefix) for prefix in (sys.prefix, sys.base_prefix)):
+        return {}
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}}
+
+
+def _nodes_of(group: PlacementGroup) -> list[str]:
+    """The node of each bundle."""
+    nodes = placement_group_table(group)["bundles_to_node_id"]
+    return [nodes[index] for index in sorted(nodes)]
+
+
+def _room(bundle: dict[str, float]) -> int:
+    """How many such bundles the cluster has free resources for, nodes aside."""
+    free = ray.available_resources()
+    return math.floor(min(free.get(resource, 0.0) / amount for resource, amount in bundle.items()))
+
+
+def _cannot_place(wanted: int, possible: int, bundle: dict[str, float]) -> ConfigError:
+    needs = ", ".join(f"{amount:g} {resource}" for resource, amount in bundle.items())
+    return ConfigError(
+        f"Only {possible} of {wanted} workers can be placed: each needs {needs} on one node of the Ray cluster.",
+        f"Ask for {possible} workers, or offer more places where nodes are started: "
+        f"ray start --resources='{{\"{WORKER_RESOURCE}\": {wanted}}}'.",
+    )
+
+
+def _domain(node_id: str) -> str:
+    labels: dict[str, str] = next((node["Labels"] for node in ray.nodes() if node["NodeID"] == node_id), {})
+    return next((labels[label] for label in DOMAIN_LABELS if label in labels), "")

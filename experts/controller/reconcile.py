@@ -1,0 +1,135 @@
+"""What to tell the workers next, so that what they hold becomes what they shall hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from barista.placement import ExpertKey
+from experts.controller.member import Member
+from experts.controller.state import Pool
+
+ACKNOWLEDGE_SECONDS = 10.0  # an engine that is silent for longer is not waited for
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Load these experts."""
+
+    worker: str
+    incarnation: str
+    experts: tuple[ExpertKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Compare one row of the new replica on `worker` with that on `reference`."""
+
+    worker: str
+    incarnation: str
+    reference: str
+    expert: ExpertKey
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Forget these experts: nobody uses them here any more."""
+
+    worker: str
+    incarnation: str
+    experts: tuple[ExpertKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End this worker for good: it holds nothing that is needed."""
+
+    worker: str
+
+
+Action = Assign | Probe | Release | Stop
+
+
+def next_actions(pool: Pool, now: float) -> list[Action]:
+    """What can be done now and is not under way. Each is marked as under way until its event comes."""
+    if not pool.planned_for:
+        return []
+    pool.take_term()
+    actions: list[Action] = [*_assigns(pool, now), *_probes(pool), *_releases(pool, now), *_stops(pool)]
+    pool.settled = pool.settled or (not pool.placement.uncovered() and is_settled(pool))
+    return actions
+
+
+def is_settled(pool: Pool) -> bool:
+    """Every live worker holds what it shall hold and nothing else, and all of that is proven."""
+    return all(
+        not member.loading
+        and member.proven >= member.held.keys()
+        and all(member.name in pool.target[key] for key in member.held)
+        and not pool.pending(member)
+        for member in pool.live
+    )
+
+
+def _assigns(pool: Pool, now: float) -> Iterator[Assign]:
+    """One batch for each idle worker: first what nobody holds, shared out by bytes, then the other replicas."""
+    idle = [member for member in pool.live if not member.loading and now >= member.retry_at]
+    loading = {key for member in pool.live for key in member.loading}
+    batches: dict[str, list[ExpertKey]] = {member.name: [] for member in idle}
+    room = {member.name: pool.free_bytes(member) for member in idle}
+    free_at_first = dict(room)
+    uncovered = [key for key in pool.placement.uncovered() if key not in loading]
+    for key in sorted(uncovered, key=lambda key: len(pool.target[key])):
+        size = pool.bytes_of([key])
+        able = [name for name in sorted(pool.target[key]) if name in batches and room[name] >= size]
+        if able:
+            least = min(able, key=lambda name: (free_at_first[name] - room[name], name))
+            batches[least].append(key)
+            room[least] -= size
+    for member in idle:
+        if not batches[member.name] and not pool.placement.uncovered():
+            for key in pool.pending(member):
+                size = pool.bytes_of([key])
+                if room[member.name] >= size:
+                    batches[member.name].append(key)
+                    room[member.name] -= size
+    for member in idle:
+        if batches[member.name]:
+            member.loading.update(batches[member.name])
+            yield Assign(member.name, member.incarnation, tuple(sorted(batches[member.name])))
+
+
+def _probes(pool: Pool) -> Iterator[Probe]:
+    for member in pool.live:
+        for key in member.held.keys() - member.proven - member.proving:
+            references = pool.holders(key)
+            if references:
+                member.proving.add(key)
+                yield Probe(member.name, member.incarnation, references[0].name, key)
+            else:
+                member.proven.add(key)
+
+
+def _releases(pool: Pool, now: float) -> Iterator[Release]:
+    for member in pool.live:
+        ready = [key for key in member.withdrawn if _may_release(pool, member, key, now)]
+        if ready:
+            member.releasing.update(ready)
+            yield Release(member.name, member.incarnation, tuple(sorted(ready)))
+
+
+def _may_release(pool: Pool, member: Member, key: ExpertKey, now: float) -> bool:
+    """The expert is to go, and no engine uses a placement that still names it here."""
+    if member.name in pool.target[key] or key in member.releasing:
+        return False
+    withdrawal = member.withdrawn[key]
+    if now - withdrawal.since > ACKNOWLEDGE_SECONDS:
+        return True
+    return all(epoch >= withdrawal.epoch for epoch in pool.engines.values())
+
+
+def _stops(pool: Pool) -> Iterator[Stop]:
+    for member in pool.sorted_members():
+        if member.leaving and not member.stopping and (not member.live or not (member.held or member.loading)):
+            member.stopping = True
+            yield Stop(member.name)
