@@ -1,4 +1,4 @@
-"""The version of the protocol between routers, workers and the controller. Ends of different versions refuse each other."""
+"""The version of the protocol between routers, workers and the controller. Others are refused."""
 
 from __future__ import annotations
 

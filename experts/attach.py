@@ -136,7 +136,8 @@ class WorkerClient:
 
     def describe(self) -> pb.DescribeReply:
         """What the worker is and holds."""
-        return self._call("Describe", pb.DescribeRequest())
+        reply: pb.DescribeReply = self._call("Describe", pb.DescribeRequest())
+        return reply
 
     def assign(self, keys: Iterable[tuple[int, int]], *, term: int = 0, epoch: int = 0) -> Iterator[pb.AssignProgress]:
         """Load (layer, expert) pairs; one report a layer, for as long as it takes."""

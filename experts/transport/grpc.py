@@ -182,7 +182,7 @@ class RowsServer:
             not_held=computed.not_held,
             compute_nanoseconds=time.perf_counter_ns() - started,
         )
-        return join(header, [memoryview(self._out)[:size]] if computed.status is RowsStatus.OK else [])
+        return join(header, [self._out[:size].data] if computed.status is RowsStatus.OK else [])
 
     def _run(self, layer: int, rows: memoryview, topk_ids: torch.Tensor, size: int) -> Computed:
         # Through the address, because torch warns of buffers that cannot be written; nobody writes to this one.

@@ -23,7 +23,7 @@ def digest_of(weights: tuple[torch.Tensor, ...]) -> bytes:
     """blake2b, 16 bytes, of the tensors' bytes one after the other. hashlib gives up the GIL while it reads."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for tensor in weights:
-        digest.update(tensor.view(torch.uint8).numpy())
+        digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.digest()
 
 

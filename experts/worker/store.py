@@ -141,7 +141,7 @@ class ExpertStore:
         try:
             if held is None:
                 raise KeyError(layer)
-            kernels.expert_rows(hidden_states, topk_ids, held.table, out=out)
+            kernels.expert_rows(hidden_states, topk_ids, held.table, out=out.data_ptr())
         except KeyError:
             asked = self._checked({layer: set(topk_ids.flatten().tolist()) - {-1}})[layer]
             not_held = sorted(asked - set(held.digests if held else ()))
@@ -154,7 +154,7 @@ class ExpertStore:
             spec = self.model.layers.get(layer)
             if spec is None:
                 raise ValueError(f"layer {layer} has no experts")
-            if ids and not (0 <= min(ids) and max(ids) < spec.num_experts):
+            if not all(0 <= expert < spec.num_experts for expert in ids):
                 raise ValueError(f"layer {layer} has experts 0 to {spec.num_experts - 1} only")
         return wanted
 

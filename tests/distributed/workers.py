@@ -9,11 +9,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from barista.cache import cache_root
 from barista.trust import TOKEN_VARIABLE, Trust
+from experts import kernels
 from experts.checkpoint import open_checkpoint
 from experts.expert_model import ExpertModel, checkpoint_digest
 from router.model.families import model_spec
@@ -22,7 +24,7 @@ from tests.unit.tiny_model import write_tiny_model
 
 TOKEN = "test-token"
 TRUST = Trust(TOKEN)
-START_SECONDS = 60
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -76,21 +78,51 @@ def start_worker(
     main: str = "experts.worker",
     tls_dir: Path | None = None,
 ) -> Iterator[RunningWorker]:
-    """A worker process that holds nothing yet. main: a module that takes the same flags, such as one that misbehaves."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "model.json"
-        file.write_text(model.to_json())
-        command = [sys.executable, "-m", main, "--name", name, "--model", str(file), "--until-eof"]
+    """A worker process that holds nothing yet. main: a module with the same flags, such as one that misbehaves."""
+    with start_workers(model, name, capacity=capacity, threads=threads, env=env, main=main, tls_dir=tls_dir) as workers:
+        yield workers[0]
+
+
+@contextmanager
+def start_workers(
+    model: ExpertModel,
+    *names: str,
+    capacity: int = 1 << 30,
+    threads: int = 1,
+    env: Mapping[str, str] | None = None,
+    main: str = "experts.worker",
+    tls_dir: Path | None = None,
+) -> Iterator[list[RunningWorker]]:
+    """Several, started side by side: most of their start is importing torch."""
+    kernels.load()
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        (folder / "model.json").write_text(model.to_json())
+        (folder / "kernels").symlink_to(cache_root() / "kernels")  # a cache of their own, but for what is compiled
+        command = [sys.executable, "-m", main, "--model", str(folder / "model.json"), "--until-eof"]
         command += ["--capacity", str(capacity), "--threads", str(threads)]
         command += [] if tls_dir is None else ["--tls-dir", str(tls_dir)]
-        environment = os.environ | {TOKEN_VARIABLE: TOKEN, "BARISTA_CACHE": folder} | dict(env or {})
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line, f"{name} ended with exit code {process.wait()}"
-            served = json.loads(line)
-            yield RunningWorker(process, served["address"], served["pid"], served["name"])
-        finally:
-            process.kill()  # also ends a stopped one
-            process.communicate()
+        own = {TOKEN_VARIABLE: TOKEN, "BARISTA_CACHE": str(folder), "PYTHONPATH": str(ROOT)}
+        processes = [
+            stack.enter_context(_process([*command, "--name", name], os.environ | own | dict(env or {})))
+            for name in names
+        ]
+        yield [_serving(process, name) for process, name in zip(processes, names, strict=True)]
+
+
+@contextmanager
+def _process(command: list[str], env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
+    try:
+        yield process
+    finally:
+        process.kill()  # also ends a stopped one
+        process.communicate()
+
+
+def _serving(process: subprocess.Popen[bytes], name: str) -> RunningWorker:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, f"{name} ended with exit code {process.wait()}"
+    served = json.loads(line)
+    return RunningWorker(process, served["address"], served["pid"], served["name"])
