@@ -49,6 +49,16 @@ def peer(role: str):
         process.communicate()
 
 
+@contextmanager
+def stopped(process: subprocess.Popen):
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)  # all of its threads have stopped now
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGCONT)
+
+
 @pytest.fixture(scope="module")
 def worker():
     with peer("worker") as process:
@@ -144,16 +154,13 @@ def test_a_worker_says_what_went_wrong_and_goes_on(layer, status, not_held, capl
 
 def test_a_late_answer_keeps_its_own_name(worker, link):
     first, second = (random_request(step, np.random.default_rng(step)) for step in (1, 2))
-    worker.send_signal(signal.SIGSTOP)
-    try:
+    with stopped(worker):
         link.send(first)
         assert link.receive(time.monotonic() - 1) is None
         assert link.receive(time.monotonic() + 0.05) is None
         assert (link.outstanding, link.down) == (1, False)
         with pytest.raises(RuntimeError, match="without an answer"):
             link.send(second)
-    finally:
-        worker.send_signal(signal.SIGCONT)
     late = link.receive(time.monotonic() + SOON)
     assert (late.step, late.attempt) == (first.step, first.attempt)
     assert ctypes.string_at(late.address, first.num_pairs * HIDDEN * 4) == expected(first)
@@ -191,8 +198,7 @@ def assert_ends_soon(thread: threading.Thread) -> None:
 
 
 def test_abort_from_another_thread_ends_a_wait(worker, link):
-    worker.send_signal(signal.SIGSTOP)
-    try:
+    with stopped(worker):
         link.send(random_request(1, np.random.default_rng(5)))
         thread, raised = wait_in_a_thread(link)
         thread.join(0.05)
@@ -201,8 +207,6 @@ def test_abort_from_another_thread_ends_a_wait(worker, link):
         assert_ends_soon(thread)
         assert len(raised) == 1
         assert link.down
-    finally:
-        worker.send_signal(signal.SIGCONT)
 
 
 def test_the_other_end_sees_a_closed_window():
@@ -228,10 +232,10 @@ def test_the_link_is_down_when_the_control_stream_is():
 def test_a_killed_worker_ends_the_wait_through_its_control_stream():
     with peer("worker") as process:
         link = attach(process)
-        process.send_signal(signal.SIGSTOP)
-        link.send(random_request(1, np.random.default_rng(7)))
-        thread, raised = wait_in_a_thread(link)
-        process.kill()
+        with stopped(process):
+            link.send(random_request(1, np.random.default_rng(7)))
+            thread, raised = wait_in_a_thread(link)
+            process.kill()
         assert process.stdout.read() == ""
         link.abort()
         assert_ends_soon(thread)
