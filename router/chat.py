@@ -11,37 +11,22 @@ from typing import Any
 import httpx
 
 from barista.errors import BaristaError
+from router.server_client import ServerClient, as_barista_error, require_ok
 
-CONNECT_SECONDS = 10.0
 DONE = "[DONE]"
 
 
-class ChatClient:
-    """One server's chat endpoint; a context manager, which closes its connections.
-
-    url: with or without /v1. sampling: fields of the request, those that are None left out.
-    """
+class ChatClient(ServerClient):
+    """One server's chat endpoint. sampling: fields of the request, those that are None left out."""
 
     def __init__(self, url: str, api_key: str | None = None, **sampling: object) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        super().__init__(url, api_key)
         self._sampling = {name: value for name, value in sampling.items() if value is not None}
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # Not the environment's proxies: they would stand between a terminal and a server on loopback.
-        timeout = httpx.Timeout(CONNECT_SECONDS, read=None)
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
-
-    def __enter__(self) -> ChatClient:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._http.close()
 
     def model(self) -> str:
         """The id of the model that the server serves. Raises BaristaError."""
-        with _as_barista_error(self.url):
-            response = self._http.get("/v1/models")
-            _require_ok(response)
-            return str(response.json()["data"][0]["id"])
+        with as_barista_error(self.url):
+            return str(self.get("/v1/models")["data"][0]["id"])
 
     def answer(self, messages: list[dict[str, str]]) -> Generator[str, None, None]:
         """The answer to a conversation, piece by piece. Closing the iterator stops the server's work on it.
@@ -49,45 +34,16 @@ class ChatClient:
         Raises BaristaError with the server's own words when it refuses or fails.
         """
         body = {"messages": messages, "stream": True, **self._sampling}
-        with _as_barista_error(self.url), self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+        with as_barista_error(self.url), self.http.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != httpx.codes.OK:
                 response.read()
-            _require_ok(response)
+            require_ok(response)
             for data in _events(response):
                 if data == DONE:
                     return
                 if content := _content(json.loads(data)):
                     yield content
         raise BaristaError("The answer broke off.", "Is the server still running?")
-
-
-@contextlib.contextmanager
-def _as_barista_error(url: str) -> Iterator[None]:
-    """Turn the failures of a connection, and answers that are not OpenAI's, into BaristaError."""
-    try:
-        yield
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise BaristaError(f"Cannot talk to {url}: {error}.", "Is the server running there?") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise BaristaError(f"{url} does not answer as an OpenAI server does.", "Check --url.") from error
-
-
-def _require_ok(response: httpx.Response) -> None:
-    if response.status_code != httpx.codes.OK:
-        raise BaristaError(_message(response), _remedy(response.status_code))
-
-
-def _message(response: httpx.Response) -> str:
-    try:
-        return str(response.json()["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return f"The server answered {response.status_code} {response.reason_phrase}."
-
-
-def _remedy(status: int) -> str:
-    if status == httpx.codes.UNAUTHORIZED:
-        return "Give the key with --api-key or BARISTA_API_KEY."
-    return "Try again in a moment." if status in (429, 503) else ""
 
 
 def _events(response: httpx.Response) -> Iterator[str]:

@@ -20,6 +20,7 @@ from barista.errors import EngineFailed
 from router.api.app import create_app
 from router.api.settings import ApiSettings
 from router.messages import Failed, ModelInfo, PoolStats, SamplingParams, Stats, Submit, Token
+from router.pool_client import PoolClient
 
 EOS = 0
 PIECES = (" the", " cup", "espresso", "STOP", "top", " ☕", "Hello", ", ")
@@ -166,10 +167,12 @@ class FakeEngine:
         )
 
 
-def fake_app(engine: FakeEngine | None = None, *, template: bool = True, **settings: Any) -> FastAPI:
+def fake_app(
+    engine: FakeEngine | None = None, *, template: bool = True, pool: PoolClient | None = None, **settings: Any
+) -> FastAPI:
     """The API on a fake engine."""
     chat_template = FakeTemplate() if template else None
-    return create_app(engine or FakeEngine(), FakeTokenizer(), chat_template, ApiSettings(**settings))
+    return create_app(engine or FakeEngine(), FakeTokenizer(), chat_template, ApiSettings(**settings), pool)
 
 
 def client(app: FastAPI, **options: Any) -> httpx.AsyncClient:
