@@ -66,12 +66,13 @@ def load_model(
         return reader.get(name, shapes[name], dtype or held_as(checkpoint.tensors[name], model_dtype))
 
     remote: RemotePool | None = None
+    experts: ExpertPool | None
     if pool is not None:
         remote = _remote_pool(checkpoint, model_dtype, pool)
-        experts: ExpertPool | None = ExpertPool(remote.group, spec.num_layers, spec.num_experts)
-        remote.start(_token_counts(spec, experts))
+        experts = remote_experts = ExpertPool(remote.group, spec.num_layers, spec.num_experts)
+        remote.start(_token_counts(spec, remote_experts))
     else:
-        experts = _local_pool(spec, checkpoint, model_dtype, report)
+        experts = _local_pool(spec, checkpoint, model_dtype, report) if spec.num_experts else None
     report(0.9, "trunk")
     trunk = Trunk(spec, load, experts, min(max_len or spec.max_position, spec.max_position))
     if remote is not None:
@@ -79,11 +80,7 @@ def load_model(
     return Model(spec, trunk, experts, model_dtype, remote)
 
 
-def _local_pool(
-    spec: ModelSpec, checkpoint: Checkpoint, model_dtype: torch.dtype, report: Progress
-) -> ExpertPool | None:
-    if not spec.num_experts:
-        return None
+def _local_pool(spec: ModelSpec, checkpoint: Checkpoint, model_dtype: torch.dtype, report: Progress) -> ExpertPool:
     reader = ExpertReader(checkpoint, model_dtype)
     tables = {}
     for index, layer in enumerate(spec.layers):
