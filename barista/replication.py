@@ -108,7 +108,10 @@ def _coldest(draft: Draft, among: Bools, keep: int) -> int:
 
 def _evict(draft: Draft, expert: int, redundancy: int) -> int | None:
     """Drop redundant replicas from the worker with most room in them, until the expert fits there."""
-    spare = draft.held & (draft.count > 1)[:, None]
+    redundant = draft.count > 1
+    if not redundant.any():
+        return None
+    spare = draft.held & redundant[:, None]
     room = draft.free + draft.bytes @ spare
     worker = int(room.argmax())
     if room[worker] < draft.bytes[expert]:

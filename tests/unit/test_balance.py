@@ -14,7 +14,7 @@ from barista.balance import plan
 from barista.placement import Placement, WorkerCapacity
 
 SIZE = 100
-laws = settings(deadline=None, max_examples=100)
+laws = settings(deadline=None, max_examples=60)
 
 
 @st.composite
@@ -106,14 +106,23 @@ def test_with_two_replicas_no_single_death_uncovers_an_expert(pool):
 
 @laws
 @given(pool=pools(redundancy=2, num_nodes=2))
-def test_two_replicas_are_on_two_nodes_from_the_first_placement_on(pool):
+def test_two_replicas_are_on_two_nodes_if_each_node_has_memory_for_every_expert(pool):
     load, placement, workers, sizes = pool
-    total = len(placement.replicas) * SIZE
-    workers = [WorkerCapacity(w.name, max(w.capacity_bytes, total), w.node) for w in workers]
     node = {worker.name: worker.node for worker in workers}
-    for start in (placement, nothing_held(placement)):
-        planned = plan(load, start, workers, sizes, redundancy=2)
-        assert all(len({node[name] for name in names}) == 2 for names in planned.target.values())
+    per_node = Counter(node.values())
+    workers = [WorkerCapacity(w.name, -(-len(load) // per_node[w.node]) * SIZE, w.node) for w in workers]
+    cold = plan(load, nothing_held(placement), workers, sizes, redundancy=2)
+    assert all(len({node[name] for name in names}) == 2 for names in cold.target.values())
+
+
+@laws
+@given(pool=pools(redundancy=2, num_nodes=2))
+def test_replicas_on_one_node_are_spread_when_another_has_memory(pool):
+    load, placement, workers, sizes = pool
+    node = {worker.name: worker.node for worker in workers}
+    workers = [WorkerCapacity(w.name, max(w.capacity_bytes, 3 * len(load) * SIZE), w.node) for w in workers]
+    planned = plan(load, placement, workers, sizes, redundancy=2)
+    assert all(len({node[name] for name in names}) == 2 for names in planned.target.values())
 
 
 @laws
@@ -176,12 +185,21 @@ def executable(placement, planned, workers, sizes):
     return True
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(pool=pools(), redundancy=st.integers(1, 3))
 def test_a_plan_can_be_carried_out_without_more_memory_and_without_uncovering(pool, redundancy):
     load, placement, workers, sizes = pool
     planned = plan(load, placement, workers, sizes, redundancy=redundancy)
     assert executable(placement, planned, workers, sizes)
+
+
+def test_full_workers_do_not_swap_experts_that_have_no_other_replica():
+    placement = Placement(1, {(0, 0): ("a",), (0, 1): ("a",), (0, 2): ("b",), (0, 3): ("b",)}, {})
+    load = {(0, 0): 9.0, (0, 1): 9.0, (0, 2): 1.0, (0, 3): 1.0}
+    full = [WorkerCapacity("a", 2 * SIZE), WorkerCapacity("b", 2 * SIZE)]
+    assert plan(load, placement, full, {0: SIZE}, redundancy=1).loads == ()
+    room = [WorkerCapacity("a", 2 * SIZE), WorkerCapacity("b", 3 * SIZE)]
+    assert plan(load, placement, room, {0: SIZE}, redundancy=1).imbalance_after < 1.2
 
 
 def zipf(layers, experts, exponent):
