@@ -19,7 +19,7 @@ import torch
 
 from experts import kernels
 from experts.link import LinkDown, RowsReply, RowsRequest, RowsStatus
-from experts.liveness import HedgeBudget, work_of
+from experts.liveness import STRAGGLER_FLOOR, HedgeBudget, work_of
 from experts.on_demand import OnDemandLoader
 from experts.pool import DispatchBatch
 from experts.roster import Member, Roster, Routing
@@ -277,11 +277,17 @@ class WorkerGroup:
             if flight.done:
                 seconds = now - flight.started
                 member.exchange_seconds += seconds
-                member.liveness.answered(now, seconds, flight.work, self._median_of_others(member))
+                others = self._median_of_others(member) if seconds > STRAGGLER_FLOOR else 0.0
+                member.liveness.answered(now, seconds, flight.work, others)
             member.compute_seconds += reply.compute_seconds
-            kernels.place_rows(layer.addresses, request.tokens, request.topk_ids, reply.address, layer.row_bytes)
+            placed = kernels.place_rows(
+                layer.addresses, request.tokens, request.topk_ids, reply.address, layer.row_bytes
+            )
             layer.placed.append(Placed(member, request, reply))
-            layer.recount()
+            if layer.attempt == 0:
+                layer.missing -= placed
+            else:  # a hedge and what it doubles may both have come
+                layer.recount()
             return
         if reply.status is RowsStatus.NOT_HELD:
             self._roster.denied(member, [(request.layer, expert) for expert in reply.not_held])
