@@ -61,7 +61,7 @@ def test_without_a_compiler_torch_stands_in_with_one_warning(no_compiler, monkey
 def test_a_library_is_compiled_once_and_another_compiler_has_its_own(monkeypatch, tmp_path):
     monkeypatch.setenv("BARISTA_CACHE", str(tmp_path / "cache"))
     script = (
-        'for last; do :; done; [ "$1" = --version ] || { echo built >> "$last"; echo run >> ' + f"{tmp_path}/log; }}"
+        'for last; do :; done; [ "$last" = --version ] || { echo built >> "$last"; echo run >> ' + f"{tmp_path}/log; }}"
     )
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, script))
     portable = compiler.VARIANTS[-1]
