@@ -62,7 +62,7 @@ def _serve(options: argparse.Namespace) -> WorkerServer:
 
 
 def _wait_for_eof(stopped: threading.Event) -> None:
-    while sys.stdin.buffer.read(1 << 16):
+    while os.read(sys.stdin.fileno(), 1 << 16):  # not through sys.stdin, whose lock the end of the process wants
         pass
     stopped.set()
 

@@ -117,7 +117,10 @@ def _process(command: list[str], env: Mapping[str, str]) -> Iterator[subprocess.
         yield process
     finally:
         process.kill()  # also ends a stopped one
-        process.communicate()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            pipe.close()
 
 
 def _serving(process: subprocess.Popen[bytes], name: str) -> RunningWorker:
