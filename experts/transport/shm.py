@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from experts.kernels.addresses import address_of
 from experts.link import LinkCounters, LinkDown, RowsReply, RowsRequest, RowsStatus
 from experts.transport.window import CLOSED, LATE, MAX_NOT_HELD, READY, Combine, Dispatch, Window
 
@@ -44,8 +45,11 @@ class ShmLink:
         self.counters = LinkCounters()
         self._window = window
         self._top_k = window.top_k
-        self._row_bytes = window.hidden_size * window.dtype.itemsize
+        self._hidden_size = window.hidden_size
+        self._dtype = window.dtype
         self._itemsize = window.dtype.itemsize
+        self._row_bytes = window.hidden_size * window.dtype.itemsize
+        self._end = window.end
         self._out = window.out.data_ptr()
         self._number = 0
         self._pairs_of_outstanding: int | None = None
@@ -73,28 +77,28 @@ class ShmLink:
         if self._pairs_of_outstanding is not None:
             raise RuntimeError("the window still holds a request without an answer")
         hidden_states, tokens, topk_ids = request.hidden_states, request.tokens, request.topk_ids
+        num_tokens, hidden_size = hidden_states.shape
+        row_stride, value_stride = hidden_states.stride()
         num_rows = len(tokens)
-        assert hidden_states.dtype is self._window.dtype
-        assert hidden_states.shape[1] == self._window.hidden_size
-        assert hidden_states.stride(1) == 1
+        assert hidden_states.dtype is self._dtype
+        assert hidden_size == self._hidden_size
+        assert value_stride == 1
         assert tokens.dtype == topk_ids.dtype == np.int32
         assert topk_ids.shape == (num_rows, self._top_k)
-        assert tokens.flags.c_contiguous
-        assert topk_ids.flags.c_contiguous
         number = (self._number + 1) % _NUMBERS
         dispatch = self._dispatch
         dispatch.num_rows, dispatch.num_pairs = num_rows, request.num_pairs
         dispatch.step, dispatch.layer, dispatch.attempt = request.step, request.layer, request.attempt
         dispatch.epoch = request.epoch
         sent = self._send(
-            self._window.end,
+            self._end,
             number,
             self._dispatch_at,
             hidden_states.data_ptr(),
-            hidden_states.shape[0],
-            hidden_states.stride(0) * self._itemsize,
-            tokens.ctypes.data,
-            topk_ids.ctypes.data,
+            num_tokens,
+            row_stride * self._itemsize,
+            address_of(tokens),
+            address_of(topk_ids),
         )
         if sent == CLOSED:
             raise LinkDown("the window is closed")
@@ -110,7 +114,7 @@ class ShmLink:
         num_pairs = self._pairs_of_outstanding
         if num_pairs is None:
             raise RuntimeError("nothing was sent that could be answered")
-        seen = self._receive(self._window.end, self._number, _nanoseconds(deadline), self._combine_at)
+        seen = self._receive(self._end, self._number, _nanoseconds(deadline), self._combine_at)
         if seen == LATE:
             return None
         combine = self._combine
