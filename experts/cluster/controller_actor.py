@@ -80,7 +80,7 @@ class ControllerActor:
         try:
             asyncio.set_event_loop(self._loop)
             self._loop.run_until_complete(self._main())
-        except BaseException as error:  # noqa: BLE001  # of any kind: the constructor raises it
+        except BaseException as error:  # of any kind: the constructor raises it
             self._failure = error
             log.exception("The controller ended.")
         finally:

@@ -1,15 +1,18 @@
-"""Brings up a pool for one server, tells it how that goes, and takes the pool down when the server is gone."""
+"""python -m experts.cluster.keeper FD PARENT: bring up a pool for the server on the inherited socket FD, tell it how that
+goes, and take the pool down when the server is gone. Started by experts.cluster.__main__, whose process PARENT is.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import signal
 import socket
+import sys
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -21,23 +24,31 @@ from experts.cluster import messages
 from experts.cluster.controller_actor import NAME, ControllerActor
 from experts.cluster.local import joined_cluster, local_cluster
 from experts.cluster.messages import PoolConfig
+from experts.cluster.processes import end_with_parent
 from experts.cluster.workers import LOOPBACK, package_env
 
+log = logging.getLogger(__name__)
+
 ALIVE_SECONDS = 2.0
-FAREWELL_SECONDS = 10.0  # after the parent has gone; whatever is not done by then is done by the guard or the lease
+FAREWELL_SECONDS = (
+    10.0  # after the parent has gone; whatever is not done by then is done by those who wait for us, or by the lease
+)
 
 
 class Keeper:
-    """sock: the parent's end of the world. Its end of file, or SIGTERM, ends the pool, unless that has a name."""
+    """sock: to the server. Its end of file, or `end`, ends the pool, unless that has a name."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._lines = sock.makefile("rb")
         self._end = threading.Event()
 
+    def end(self) -> None:
+        """Take the pool down; `run` returns when that is done."""
+        self._end.set()
+
     def run(self) -> None:
         """Returns when the pool is down, or left to others."""
-        signal.signal(signal.SIGTERM, lambda *_: self._end.set())
         line = self._lines.readline()
         if not line:
             return
@@ -136,9 +147,26 @@ def _tear_down(controller: Any) -> None:
         ray.kill(controller, no_restart=True)
 
 
-@contextlib.contextmanager
-def inherited(fd: int) -> Iterator[socket.socket]:
-    """The socket that the parent passed on; no process that this one starts gets it."""
-    os.set_inheritable(fd, False)
-    with socket.socket(fileno=fd) as sock:
-        yield sock
+def main() -> None:
+    """Only our own lines go to standard error: Ray's are for its log files, and nothing is for standard output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    fd, parent = map(int, sys.argv[1:])
+    stream = os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1)
+    logging.basicConfig(stream=stream, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, output.fileno())
+    os.set_inheritable(fd, False)  # no process that this one starts may keep the stream open
+    try:
+        with socket.socket(fileno=fd) as sock:
+            keeper = Keeper(sock)
+            signal.signal(signal.SIGTERM, lambda *_: keeper.end())
+            end_with_parent(parent)
+            keeper.run()
+    except Exception:
+        log.exception("The keeper of the pool failed.")
+        raise
+
+
+if __name__ == "__main__":
+    main()

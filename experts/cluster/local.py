@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +11,6 @@ from typing import Any
 import ray
 
 from barista.errors import ConfigError
-from experts.cluster.guard import VARIABLE
 
 WORKER_RESOURCE = "barista_worker"
 LOCAL_WORKERS = 64
@@ -23,30 +18,13 @@ OBJECT_STORE_BYTES = 80 << 20  # nothing goes through it; Ray asks for 75 MiB at
 CONNECT_SECONDS = 5.0
 JOIN_SECONDS = 10.0
 
-_AUTH_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-
 
 @contextlib.contextmanager
 def local_cluster(namespace: str) -> Iterator[None]:
-    """A Ray cluster of this machine alone, without a dashboard. No process of it survives this one, however it ends.
+    """A Ray cluster of this machine alone, without a dashboard, that ends with this process.
 
-    Ray's token authentication is on; unless the environment says otherwise with a token that only this cluster knows,
-    so that nothing is written to the home folder.
+    In the environment of experts.cluster.environment.
     """
-    mark = secrets.token_hex(8)
-    os.environ[VARIABLE] = mark
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")  # memory is counted before experts are loaded
-    if not any(os.environ.get(name) for name in _AUTH_VARIABLES):
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    # A session of its own: a signal to the group of the keeper must not take its guard.
-    guard = subprocess.Popen(
-        [sys.executable, "-m", "experts.cluster.guard", mark],
-        stdin=subprocess.PIPE,
-        env={name: value for name, value in os.environ.items() if name != VARIABLE},
-        start_new_session=True,
-    )
     try:
         ray.init(
             address="local",
@@ -59,9 +37,6 @@ def local_cluster(namespace: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        assert guard.stdin is not None
-        guard.stdin.close()
-        guard.wait()
 
 
 @contextlib.contextmanager

@@ -13,8 +13,13 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
-from ray.util.placement_group import placement_group_table
+from ray.util.placement_group import (
+    PlacementGroup,
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from barista.errors import BaristaError, ConfigError
@@ -117,7 +122,7 @@ class RayWorkers:
             return dict.fromkeys(nodes, LOOPBACK)
         if self._config.tls_dir is None:
             raise ConfigError(
-                f"Workers would be placed on other hosts ({', '.join(elsewhere)}) without encryption, which is refused.",
+                f"Workers on other hosts ({', '.join(elsewhere)}) are refused without encryption.",
                 "Give --tls-dir with certificates that all of these hosts have, or offer the resource "
                 f"{WORKER_RESOURCE} on one host only.",
             )
