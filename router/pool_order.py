@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from barista.config import ServeConfig
 from barista.machine import usable_cores
 from experts.checkpoint import open_checkpoint
+from experts.cluster.messages import PoolConfig
 from experts.expert_model import expert_bytes
 from experts.formats import held_dtype
 from router.model.expert_model import expert_model
@@ -22,26 +21,25 @@ def pool_process(config: ServeConfig, path: Path) -> PoolProcess:
     """The keeper of the pool that `config` asks for, not started yet. Raises ConfigError for a dense model."""
     return PoolProcess(
         pool_order(config, path),
-        tls_dir=None if config.tls_dir is None else str(config.tls_dir.resolve()),
         transport=config.transport,
         outlives_keeper=config.pool is not None or RAY_ADDRESS in os.environ,
     )
 
 
-def pool_order(config: ServeConfig, path: Path) -> Mapping[str, Any]:
-    """The keeper's first line. Sizes in bytes."""
+def pool_order(config: ServeConfig, path: Path) -> PoolConfig:
+    """The keeper's first line. Raises as expert_model."""
     checkpoint = open_checkpoint(path)
     model = expert_model(checkpoint, held_dtype(checkpoint, config.format))
-    return {
-        "pool": config.pool,
-        "workers": config.workers,
-        "threads": worker_threads(config),
-        "redundancy": config.redundancy,
-        "worker_memory": config.worker_memory,
-        "tls_dir": None if config.tls_dir is None else str(config.tls_dir.resolve()),
-        "model": model.to_json(),
-        "expert_bytes": expert_bytes(checkpoint, model),
-    }
+    return PoolConfig(
+        pool=config.pool,
+        workers=config.workers,
+        threads=worker_threads(config),
+        redundancy=config.redundancy,
+        worker_memory=config.worker_memory,
+        tls_dir=None if config.tls_dir is None else str(config.tls_dir.resolve()),
+        model=model,
+        expert_bytes=expert_bytes(checkpoint, model),
+    )
 
 
 def worker_threads(config: ServeConfig) -> int:

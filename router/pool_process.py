@@ -19,34 +19,33 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from barista.errors import BaristaError
+from experts.cluster.messages import PoolConfig
 from router.messages import PoolAddress
 from router.pool_client import PoolClient
 
 log = logging.getLogger(__name__)
 
 KEEPER = (sys.executable, "-m", "experts.cluster")
-CLOSE_SECONDS = 15.0  # stopping a local Ray cluster takes some of them
+CLOSE_SECONDS = 20.0  # the keeper gives a pool 10 s to end, and what Ray leaves behind another 5
 
 
 class PoolProcess:
     """Starts the keeper and tells where its controller serves.
 
-    order: what pool to make (router.pool_order). outlives_keeper: the workers go on without their keeper, because the
-    pool has a name or the Ray cluster is not the keeper's own. client: of the pool's controller. died: set once the
-    keeper has gone.
+    order: what pool to make (router.pool_order). transport: of the engine's wires to the workers. outlives_keeper: the
+    workers go on without their keeper, because the pool has a name or the Ray cluster is not the keeper's own. client:
+    of the pool's controller. died: set once the keeper has gone.
     """
 
     def __init__(
         self,
-        order: Mapping[str, Any],
+        order: PoolConfig,
         *,
-        tls_dir: str | None,
         transport: str,
         outlives_keeper: bool,
         command: Sequence[str] = KEEPER,
     ) -> None:
         self._order = order
-        self._tls_dir = tls_dir
         self._transport = transport
         self.outlives_keeper = outlives_keeper
         self._command = command
@@ -71,7 +70,7 @@ class PoolProcess:
                 [*self._command, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True
             )
         reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._writer.write(json.dumps(self._order).encode() + b"\n")
+        self._writer.write(self._order.to_json().encode() + b"\n")
         events = _events(reader)
         async for event in events:
             match event["event"]:
@@ -81,7 +80,7 @@ class PoolProcess:
                     self._address = PoolAddress(
                         controller=event["controller"],
                         token=event["token"],
-                        tls_dir=self._tls_dir,
+                        tls_dir=self._order.tls_dir,
                         transport=self._transport,
                     )
                     self._listener = asyncio.create_task(self._listen(events, on_progress))

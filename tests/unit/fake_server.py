@@ -1,7 +1,8 @@
-"""python fake_server.py TOKEN_DELAY DRAIN_TIMEOUT [LOAD_SECONDS]: router.server around the fake engine, as a process.
+"""python fake_server.py TOKEN_DELAY DRAIN_TIMEOUT [LOAD_SECONDS [KEEPER]]: router.server around the fake engine.
 
 Prints its port once it listens and "ready" when the engine is loaded. A line on standard input ends a part of it: the
-engine, or with "http" uvicorn.
+engine, or with "http" uvicorn, or with "keeper" the keeper of its pool. KEEPER: "own" for a pool that ends with it,
+"named" for one that does not.
 """
 
 from __future__ import annotations
@@ -10,15 +11,26 @@ import asyncio
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
 
 from fake_engine import FakeEngine, FakeTemplate, FakeTokenizer
 
 from barista.errors import BaristaError
+from experts.cluster.messages import PoolConfig
+from experts.expert_model import ExpertModel
+from experts.spec import FFNSpec
 from router.api.app import create_app
 from router.api.settings import ApiSettings
 from router.launch import listen
-from router.messages import Failed, SamplingParams, Token
+from router.messages import Failed, PoolAddress, SamplingParams, Token
+from router.pool_process import PoolProcess
 from router.server import Server
+
+FFN = FFNSpec(num_experts=4, hidden_size=32, intermediate_size=16)
+ORDER = PoolConfig(
+    pool=None, workers=2, threads=1, redundancy=2, worker_memory=None, tls_dir=None, expert_bytes={1: 6144},
+    model=ExpertModel(path=Path("/model"), dtype="float32", top_k=2, layers={1: FFN}, digest=b"d" * 16),
+)  # fmt: skip
 
 
 class FakeProcess(FakeEngine):
@@ -28,9 +40,9 @@ class FakeProcess(FakeEngine):
         super().__init__(script=lambda submit: [70] * 100, delay=delay, ready=False)
         self.died = asyncio.Event()
         self.load_seconds = load_seconds
-        self.end_http: Callable[[], None] = lambda: None
+        self.endings: dict[str, Callable[[], None]] = {"die": self.die}
 
-    async def start(self, on_progress: Callable[[float, str], None]) -> None:
+    async def start(self, on_progress: Callable[[float, str], None], pool: PoolAddress | None = None) -> None:
         on_progress(0.5, "fake weights")
         await asyncio.sleep(self.load_seconds)
         self.ready = True
@@ -38,9 +50,8 @@ class FakeProcess(FakeEngine):
         threading.Thread(target=self._read_order, args=(loop,), daemon=True).start()
 
     def _read_order(self, loop: asyncio.AbstractEventLoop) -> None:
-        order = sys.stdin.readline().strip()
-        if order:
-            loop.call_soon_threadsafe(self.end_http if order == "http" else self.die)
+        for order in sys.stdin:
+            loop.call_soon_threadsafe(self.endings[order.strip()])
 
     def die(self) -> None:
         self.ready = False
@@ -59,18 +70,25 @@ class FakeProcess(FakeEngine):
             yield event
 
 
-async def main(delay: float, drain_timeout: float, load_seconds: float = 0.0) -> int:
-    engine = FakeProcess(delay, load_seconds)
+def fake_pool(kind: str) -> PoolProcess:
+    command = (sys.executable, str(Path(__file__).with_name("fake_keeper.py")), "starts")
+    return PoolProcess(ORDER, transport="auto", outlives_keeper=kind == "named", command=command)
+
+
+async def main(delay: str, drain_timeout: str, load_seconds: str = "0", keeper: str = "") -> int:
+    engine = FakeProcess(float(delay), float(load_seconds))
+    pool = fake_pool(keeper) if keeper else None
     app = create_app(engine, FakeTokenizer(), FakeTemplate(), ApiSettings())
     sock = listen("127.0.0.1", 0)
     print(sock.getsockname()[1], flush=True)
-    server = Server(app, engine, drain_timeout=drain_timeout)
-    engine.end_http = lambda: setattr(server._http, "should_exit", True)
+    server = Server(app, engine, pool, drain_timeout=float(drain_timeout))
+    engine.endings["http"] = lambda: setattr(server._http, "should_exit", True)
+    engine.endings["keeper"] = lambda: pool._process.kill()
     return await server.run(sock, lambda model: print("ready", flush=True), until_eof=False)
 
 
 if __name__ == "__main__":
     try:
-        sys.exit(asyncio.run(main(*map(float, sys.argv[1:]))))
+        sys.exit(asyncio.run(main(*sys.argv[1:])))
     except BaristaError as error:
         sys.exit(f"error: {error}")

@@ -21,6 +21,7 @@ from router import models
 from router.cli import app
 
 ROOT = Path(__file__).parents[2]
+COMMANDS = ("serve", "chat", "status", "drain", "scale", "rebalance", "carve", "models", "inspect", "pull")
 
 
 def run(*arguments: object, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
@@ -44,17 +45,17 @@ def test_help_is_quick_and_lists_every_command() -> None:
     started = time.perf_counter()
     done = run("--help")
     assert time.perf_counter() - started < 2  # 0.2 s on a quiet machine
-    for name in ("serve", "chat", "carve", "models", "inspect", "pull"):
+    for name in COMMANDS:
         assert f" {name} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["serve", "chat", "carve", "models", "inspect", "pull"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str) -> None:
     assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
 
 
 def test_help_imports_nothing_heavy() -> None:
-    heavy = ("torch", "numpy", "fastapi", "httpx", "huggingface_hub")
+    heavy = ("torch", "numpy", "fastapi", "httpx", "huggingface_hub", "grpc", "ray")
     code = f"import sys, router.cli; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 HERE = Path(__file__).parent
@@ -55,6 +56,20 @@ def read_events(lines: Iterator[str]) -> list[str]:
 
 def has_error(events: list[str]) -> bool:
     return events[-1] != "[DONE]" and "error" in json.loads(events[-1])
+
+
+def order(server: Running, text: str) -> None:
+    assert server.process.stdin is not None
+    server.process.stdin.write(f"{text}\n")
+    server.process.stdin.flush()
+
+
+def gone(process: psutil.Process, seconds: float = 5.0) -> bool:
+    """Whether it ends in time; a zombie has ended."""
+    deadline = time.monotonic() + seconds
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 def test_the_api_says_that_it_is_not_ready_while_the_engine_loads() -> None:
@@ -137,9 +152,7 @@ def test_when_the_engine_dies_streams_fail_and_the_server_ends_with_an_error() -
         with client.stream("POST", "/v1/chat/completions", json=BODY) as response:
             lines = response.iter_lines()
             next(lines)
-            assert server.process.stdin is not None
-            server.process.stdin.write("die\n")
-            server.process.stdin.flush()
+            order(server, "die")
             assert has_error(read_events(lines))
         status, errors = server.end()
         assert status == 1
@@ -147,12 +160,51 @@ def test_when_the_engine_dies_streams_fail_and_the_server_ends_with_an_error() -
         assert "Traceback" not in errors
 
 
+def test_a_server_whose_own_pool_has_died_ends_with_an_error() -> None:
+    with running(0.1, 30, 0, "own") as server:
+        server.wait_ready()
+        order(server, "keeper")
+        status, errors = server.end()
+        assert status == 1
+        assert "error: The pool's keeper died" in errors
+        assert "Traceback" not in errors
+
+
+def test_a_server_of_a_named_pool_goes_on_without_its_keeper() -> None:
+    with running(0.01, 30, 0, "named") as server, httpx.Client(base_url=server.url, trust_env=False) as client:
+        server.wait_ready()
+        (keeper,) = psutil.Process(server.process.pid).children()
+        order(server, "keeper")
+        assert gone(keeper)
+        assert client.post("/v1/chat/completions", json=BODY | {"stream": False}).status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        status, errors = server.end()
+        assert status == 0
+        assert "its workers go on" in errors
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_takes_its_keeper_with_it(sig: signal.Signals) -> None:
+    with running(0, 30, 0, "own") as server:
+        server.wait_ready()
+        (keeper,) = psutil.Process(server.process.pid).children()
+        server.process.send_signal(sig)
+        assert server.end()[0] == 0
+        assert not keeper.is_running()
+
+
+def test_a_keeper_whose_server_is_killed_hears_of_it() -> None:
+    with running(0, 30, 0, "own") as server:
+        server.wait_ready()
+        (keeper,) = psutil.Process(server.process.pid).children()
+        server.process.kill()
+        assert gone(keeper)
+
+
 def test_an_http_server_that_ends_by_itself_is_an_error() -> None:
     with running(0.1, 30) as server:
         server.wait_ready()
-        assert server.process.stdin is not None
-        server.process.stdin.write("http\n")
-        server.process.stdin.flush()
+        order(server, "http")
         status, errors = server.end()
         assert status == 1
         assert "error: The HTTP server ended by itself" in errors

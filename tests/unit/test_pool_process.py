@@ -17,7 +17,9 @@ from tiny_model import write_tiny_model
 
 from barista.config import ServeConfig
 from barista.errors import BaristaError, CheckpointError, ConfigError
+from experts.cluster.messages import PoolConfig
 from experts.expert_model import ExpertModel
+from experts.spec import FFNSpec
 from router import pool_process
 from router.coverage import wait_covered
 from router.messages import PoolStats
@@ -28,6 +30,11 @@ from tests.unit.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 KEEPER = Path(__file__).with_name("fake_keeper.py")
+FFN = FFNSpec(num_experts=4, hidden_size=32, intermediate_size=16)
+ORDER = PoolConfig(
+    pool=None, workers=2, threads=1, redundancy=2, worker_memory=None, tls_dir="/tls", expert_bytes={1: 6144},
+    model=ExpertModel(path=Path("/model"), dtype="float32", top_k=2, layers={1: FFN}, digest=b"d" * 16),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -38,9 +45,7 @@ def anyio_backend() -> str:
 @asynccontextmanager
 async def keeper(story: str, *, outlives_keeper: bool = False) -> AsyncIterator[PoolProcess]:
     command = (sys.executable, str(KEEPER), story)
-    pool = PoolProcess(
-        {"workers": 2}, tls_dir="/tls", transport="grpc", outlives_keeper=outlives_keeper, command=command
-    )
+    pool = PoolProcess(ORDER, transport="grpc", outlives_keeper=outlives_keeper, command=command)
     try:
         yield pool
     finally:
@@ -60,7 +65,7 @@ async def test_a_pool_that_starts_tells_where_its_controller_is(
         assert seen[0] == (0.5, "Ray")
         assert not pool.died.is_set()
         order = json.loads((tmp_path / "order").read_text())
-        assert order["workers"] == 2
+        assert PoolConfig.from_json(json.dumps({name: order[name] for name in PoolConfig.__slots__})) == ORDER
         assert order["sid"] == order["pid"] != os.getsid(0)  # a terminal's Ctrl-C does not reach it
     assert pool.died.is_set()
 
@@ -142,21 +147,21 @@ def _ignore(fraction: float, message: str) -> None: ...
 def test_the_order_names_experts_sizes_and_settings(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "tiny")
     config = ServeConfig(workers=3, worker_threads=2, worker_memory=1 << 20, redundancy=1)
-    order = json.loads(json.dumps(pool_order(config, path)))
-    model = ExpertModel.from_json(order.pop("model"))
+    order = pool_order(config, path)
+    model = order.model
     per_expert = 3 * 32 * 16 * 4  # gate, up and down of 16 neurons over 32 values, in float32
-    assert order == {
-        "pool": None, "workers": 3, "threads": 2, "redundancy": 1, "worker_memory": 1 << 20, "tls_dir": None,
-        "expert_bytes": {"0": per_expert, "1": per_expert},
-    }  # fmt: skip
+    assert order == PoolConfig(
+        pool=None, workers=3, threads=2, redundancy=1, worker_memory=1 << 20, tls_dir=None, model=model,
+        expert_bytes={0: per_expert, 1: per_expert},
+    )  # fmt: skip
     assert (model.path, model.dtype, model.top_k, model.num_experts) == (path, "float32", 2, 8)
 
 
 def test_the_format_is_the_engines(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "tiny")
     order = pool_order(ServeConfig(workers=1, format="bf16"), path)
-    assert ExpertModel.from_json(order["model"]).dtype == "bfloat16"
-    assert set(order["expert_bytes"].values()) == {3 * 32 * 16 * 2}
+    assert order.model.dtype == "bfloat16"
+    assert set(order.expert_bytes.values()) == {3 * 32 * 16 * 2}
 
 
 def test_a_dense_model_has_no_experts_to_place(tmp_path: Path) -> None:
