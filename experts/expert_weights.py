@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from experts.checkpoint import Checkpoint, TensorInfo
@@ -33,6 +35,15 @@ class ExpertReader:
         """
         gate, up, down = (self._get(name, shape) for name, shape in spec.tensors(layer, expert).items())
         return gate, up, down
+
+    def prefetch(self, spec: FFNSpec, layer: int, expert: int) -> None:
+        """Have the system read an expert's bytes into its cache, where it can, without waiting for them."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for name in spec.tensors(layer, expert):
+            info = self._checkpoint.tensors[name]
+            with info.file.open("rb") as stream:
+                os.posix_fadvise(stream.fileno(), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def _get(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
         info = self._checkpoint.tensors.get(name)

@@ -40,6 +40,7 @@ class ExpertsService:
         self._draining = False
         self._dispatches = 0
         self._counting = threading.Lock()
+        self._described: tuple[tuple[Held, ...], pb.DescribeReply] = (), pb.DescribeReply()
         self._engines = threading.BoundedSemaphore(MAX_ENGINES)
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
@@ -57,7 +58,7 @@ class ExpertsService:
     def describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
         """What the worker is and holds."""
         store = self._store
-        return pb.DescribeReply(
+        reply = pb.DescribeReply(
             protocol_version=PROTOCOL_VERSION,
             name=self._name,
             pid=os.getpid(),
@@ -70,8 +71,9 @@ class ExpertsService:
             dispatches=self._dispatches,
             term=store.term,
             epoch=store.epoch,
-            held=_held(store.held()),
         )
+        reply.MergeFrom(self._held_reply())
+        return reply
 
     def assign(self, request: pb.AssignRequest, context: grpc.ServicerContext) -> Iterator[pb.AssignProgress]:
         """Load experts and say so, layer by layer."""
@@ -129,6 +131,15 @@ class ExpertsService:
         finally:
             self._engines.release()
 
+    def _held_reply(self) -> pb.DescribeReply:
+        """What is held, made into messages once: they are many, are asked for often, and change seldom."""
+        held, reply = self._described
+        if held is not self._store.held():
+            held = self._store.held()
+            reply = pb.DescribeReply(held=_held(held))
+            self._described = held, reply
+        return reply
+
     def _serve_engine(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         attach = _parse_attach(next(requests, b""))
         if refusal := self._refusal(attach):
@@ -175,7 +186,9 @@ class ExpertsService:
     def _compute(self, layer: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor, out: torch.Tensor) -> Computed:
         try:
             return self._store.compute(layer, hidden_states, topk_ids, out)
-        except (RuntimeError, AssertionError, MemoryError):
+        except ValueError:  # what was asked for makes no sense
+            raise
+        except Exception:
             log.exception("the experts of layer %d could not be computed", layer)
             return Computed(RowsStatus.FAILED, self._store.epoch)
         finally:

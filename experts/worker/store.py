@@ -83,6 +83,7 @@ class ExpertStore:
         self._reader = ExpertReader(checkpoint, self.dtype)
         self._manifest = DigestManifest(checkpoint, self.model_digest)
         self._layers: Mapping[int, _Layer] = {}
+        self._held: tuple[Mapping[int, _Layer], tuple[Held, ...]] = self._layers, ()
         self._lock = threading.Lock()
 
     @property
@@ -90,13 +91,18 @@ class ExpertStore:
         """Bytes of the experts that are held."""
         return sum(len(layer.digests) * self.expert_bytes[index] for index, layer in self._layers.items())
 
-    def held(self) -> list[Held]:
-        """Every replica, sorted by layer and expert."""
-        return [
-            Held(index, expert, digest)
-            for index, layer in sorted(self._layers.items())
-            for expert, digest in sorted(layer.digests.items())
-        ]
+    def held(self) -> tuple[Held, ...]:
+        """Every replica, sorted by layer and expert. The same object until something changes."""
+        layers, held = self._held
+        if layers is not self._layers:
+            layers = self._layers
+            held = tuple(
+                Held(index, expert, digest)
+                for index, layer in sorted(layers.items())
+                for expert, digest in sorted(layer.digests.items())
+            )
+            self._held = layers, held
+        return held
 
     def assign(self, experts: Mapping[int, Iterable[int]], term: int = 0, epoch: int = 0) -> Iterator[Progress]:
         """Load experts, by layer, beside those held; what is held already costs nothing. One report a layer.
@@ -192,6 +198,8 @@ class ExpertStore:
         if digest is None:
             digest = digest_of(weights)
             self._manifest.put(layer, expert, digest)
+        else:  # nobody has read the weights yet, and rows shall not wait for the disk
+            self._reader.prefetch(self.model.layers[layer], layer, expert)
         return digest
 
     def _replace(self, index: int, weights: Mapping[int, ExpertWeights], digests: Mapping[int, bytes]) -> None:

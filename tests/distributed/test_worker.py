@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from barista.errors import ConfigError
 from barista.trust import Trust
 from experts import kernels
 from experts.attach import CallFailed, Hello, WorkerClient, attach
@@ -370,6 +372,39 @@ def test_a_wrong_token_is_refused_on_every_call(workers, model):
     assert not client(workers[0]).describe().draining
 
 
+def test_an_address_that_is_taken_is_an_error_that_names_it(model):
+    with served_here(model) as server:
+        host, port = server.address.split(":")
+        with pytest.raises(ConfigError, match=server.address):
+            WorkerServer(model, "worker-1", host, int(port), 1, 0, TRUST)
+
+
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+def test_a_computation_that_raises_is_answered_with_failed_and_hurts_no_other(model, transport, monkeypatch):
+    with served_here(model) as server:
+        list(server.store.assign({0: range(4)}))
+        link = attach(server.address, hello(model), TRUST, transport)
+
+        def fail(*arguments: object) -> None:
+            raise OSError("the disk is gone")
+
+        try:
+            monkeypatch.setattr(type(server.store), "compute", fail)
+            assert ask(link, [[0, 1]]).status is RowsStatus.FAILED
+            monkeypatch.undo()
+            assert ask(link, [[0, 1]]).status is RowsStatus.OK
+        finally:
+            link.close()
+
+
+def test_a_peer_that_says_nothing_is_a_link_down(model, monkeypatch):
+    monkeypatch.setattr("experts.attach.ATTACH_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(LinkDown, match=f"{address} has not answered"):
+            attach(address, hello(model), TRUST)
+
+
 def test_nobody_there_is_a_link_down(model):
     with pytest.raises(LinkDown, match="UNAVAILABLE"):
         attach("127.0.0.1:1", hello(model), TRUST)
@@ -413,6 +448,7 @@ import sys, torch
 from experts.attach import Hello, attach
 from experts.expert_model import ExpertModel
 from experts.numerics import numerics_id
+from barista.errors import ConfigError
 from barista.trust import Trust
 model = ExpertModel.from_json(sys.stdin.readline())
 said = Hello(engine_id="e", model=model, numerics_id=numerics_id(torch.float32), max_rows=8)

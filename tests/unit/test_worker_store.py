@@ -174,7 +174,7 @@ def test_released_experts_are_gone_and_unknown_ones_ignored(model):
     held.release({0: [1, 2], 1: [0]})
     assert [(item.layer, item.expert) for item in held.held()] == [(0, 0)]
     held.release({0: [0]})
-    assert held.held() == []
+    assert held.held() == ()
     assert held.held_bytes == 0
 
 
