@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from experts import kernels
-from experts.link import LinkDown, RowsReply, RowsRequest, RowsStatus
+from experts.link import Link, LinkDown, RowsReply, RowsRequest, RowsStatus
 from experts.liveness import STRAGGLER_FLOOR, HedgeBudget, work_of
 from experts.on_demand import OnDemandLoader
 from experts.pool import DispatchBatch
@@ -34,9 +34,13 @@ LOAD_SECONDS = 30.0
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """One worker's share of a layer, on its way. unsent: parts that wait until the wire has room."""
+    """One worker's share of a layer, on its way. link: as of its start, because a lost one is soon replaced.
+
+    unsent: parts that wait until the wire has room.
+    """
 
     member: Member
+    link: Link
     unsent: deque[RowsRequest]
     sent: deque[RowsRequest] = field(default_factory=deque)
     work: int = 0
@@ -196,7 +200,7 @@ class WorkerGroup:
                     batch.step, batch.layer, layer.attempt, epoch, batch.hidden_states, tokens[part], ids[part], pairs
                 )
             )
-        flight = Flight(member, parts, work=work, started=self._clock())
+        flight = Flight(member, link, parts, work=work, started=self._clock())
         layer.flights.append(flight)
         member.requests += 1
         member.rows += num_pairs
@@ -205,8 +209,8 @@ class WorkerGroup:
 
     def _pump(self, layer: Layer, flight: Flight) -> None:
         """Send as much of the flight as its wire has room for."""
-        member, link = flight.member, flight.member.link
-        while flight.unsent and link is not None and link.outstanding < link.depth:
+        member, link = flight.member, flight.link
+        while flight.unsent and link.outstanding < link.depth:
             if link.depth == 1:
                 self._detach(layer, member)
             try:
@@ -242,14 +246,12 @@ class WorkerGroup:
 
     def _receive(self, layer: Layer, flight: Flight, deadline: float) -> None:
         """Take answers of the flight's wire until the flight is done or the deadline passes."""
-        link = flight.member.link
+        link = flight.link
         while not flight.done:
             if flight.unsent:
                 self._pump(layer, flight)
             try:
-                if link is None:
-                    raise LinkDown
-                reply = link.receive(deadline)
+                reply = link.receive(deadline)  # it may be what an earlier layer did not wait for
             except LinkDown:
                 self._drop(layer, flight, lost=True)
                 return
