@@ -1,5 +1,5 @@
-"""python -m experts.cluster.keeper FD PARENT: bring up a pool for the server on the inherited socket FD, tell it how that
-goes, and take the pool down when the server is gone. Started by experts.cluster.__main__, whose process PARENT is.
+"""python -m experts.cluster.keeper FD PARENT: bring up a pool for the server on the inherited socket FD, tell it how
+that goes, and take it down when the server is gone. Started by experts.cluster.__main__, whose process PARENT is.
 """
 
 from __future__ import annotations
