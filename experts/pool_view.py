@@ -30,6 +30,9 @@ REACHABLE = frozenset(
 )
 
 
+SETTLING = frozenset({pb.WORKER_STATE_STARTING, pb.WORKER_STATE_LOADING})
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerView:
     """A worker that can be attached to. incarnation: another one after each restart."""
@@ -43,13 +46,15 @@ class WorkerView:
 class PoolView:
     """One state of the pool. replicas: layer -> for each expert the names of its workers.
 
-    coverage: 0..1, and problem: why it is not complete, in words for the operator.
+    settling: workers are starting or loading. coverage: 0..1, and problem: why it is not complete, in words for the
+    operator.
     """
 
     term: int
     epoch: int
     workers: tuple[WorkerView, ...]
     replicas: Mapping[int, tuple[tuple[str, ...], ...]]
+    settling: bool
     coverage: float
     problem: str
     model_digest: bytes
@@ -66,6 +71,7 @@ def view_of(state: pb.PoolState) -> PoolView:
             if worker.address and worker.state in REACHABLE
         ),
         replicas={layer.layer: tuple(tuple(expert.workers) for expert in layer.experts) for layer in state.layers},
+        settling=any(worker.state in SETTLING for worker in state.workers),
         coverage=state.coverage,
         problem=state.problem,
         model_digest=state.model_digest,

@@ -19,8 +19,9 @@ from experts.pool_view import PoolView, PoolWatch, WorkerView
 from experts.roster import Member, Roster
 
 ACKNOWLEDGE_SECONDS = 0.02
-# How long a pool may say that it lacks something before the start gives up: workers may still be on their way.
+# How long the start waits for a pool that says that it cannot cover all experts, and for one that only makes no progress.
 PROBLEM_SECONDS = 5.0
+STANDSTILL_SECONDS = 120.0
 
 Progress = Callable[[float, str], None]
 
@@ -63,18 +64,16 @@ class RemotePool:
 
     def wait_covered(self, on_progress: Progress) -> None:
         """Return once every expert can be reached. Raises ConfigError with the controller's reason if it cannot be."""
-        problem_since: float | None = None
+        coverage, since = -1.0, time.monotonic()
         while self.roster.view is None or self.roster.uncovered():
             view = self.roster.view
+            if view is not None and view.coverage != coverage:
+                coverage, since = view.coverage, time.monotonic()
+            if time.monotonic() - since > patience(view):
+                raise ConfigError(view.problem if view and view.problem else "The worker pool makes no progress.")
             attached = sum(member.up for member in self.roster.members)
-            coverage = view.coverage if view else 0.0
-            on_progress(0.9 * coverage, f"experts on workers ({attached} attached, {coverage:.0%} covered)")
-            if view is None or not view.problem:
-                problem_since = None
-            elif problem_since is None:
-                problem_since = time.monotonic()
-            elif time.monotonic() - problem_since > PROBLEM_SECONDS:
-                raise ConfigError(view.problem)
+            covered = max(coverage, 0.0)
+            on_progress(0.9 * covered, f"experts on workers ({attached} attached, {covered:.0%} covered)")
             self.roster.wait_changed(0.2)
 
     def close(self) -> None:
@@ -106,3 +105,9 @@ class RemotePool:
 
     def _control(self, member: Member) -> WorkerClient:
         return WorkerClient(member.view.address, self._trust)
+
+
+def patience(view: PoolView | None) -> float:
+    """Seconds that a start waits for the next progress: less once all workers have settled and it is not enough."""
+    stuck = view is not None and view.problem and not view.settling
+    return PROBLEM_SECONDS if stuck else STANDSTILL_SECONDS

@@ -134,6 +134,7 @@ def view(placement: Mapping[int, Sequence[Sequence[str]]], workers: Sequence[str
         epoch=epoch,
         workers=tuple(WorkerView(name, f"{name}:1", "first") for name in workers),
         replicas={layer: tuple(tuple(names) for names in experts) for layer, experts in placement.items()},
+        settling=False,
         coverage=1.0,
         problem="",
         model_digest=b"",
