@@ -86,7 +86,10 @@ def begin_drain(pool: Pool, name: str, now: float) -> Command:
 
 
 def begin_scale(pool: Pool, count: int, now: float) -> Command:
-    """Start workers, or drain and stop those of the highest numbers, until there are `count`. Raises Refused."""
+    """Start workers, or stop some until there are `count`: drained ones first, then those of the highest numbers.
+
+    Raises Refused.
+    """
     if count < 1:
         raise Refused(f"A pool of {count} workers cannot hold an expert. Ask for 1 or more.")
     staying = [member.name for member in pool.sorted_members() if not member.leaving]
@@ -94,7 +97,9 @@ def begin_scale(pool: Pool, count: int, now: float) -> Command:
     if count >= len(staying):
         started = pool.add(count - len(staying), now)
         return Command(pool, what, lambda: _have_joined(pool, started), now, started)
-    doomed = sorted(staying, key=number_of)[count:]
+    doomed = sorted(staying, key=lambda name: (not pool.members[name].draining, -number_of(name)))[
+        : len(staying) - count
+    ]
     _require_coverage(pool, "Workers cannot be stopped")
     _require_room(pool, doomed, what)
     for name in doomed:

@@ -72,31 +72,41 @@ def is_settled(pool: Pool) -> bool:
 
 
 def _assigns(pool: Pool, now: float) -> Iterator[Assign]:
-    """One batch for each idle worker: first what nobody holds, shared out by bytes, then the other replicas."""
+    """One batch for each idle worker: what nobody holds; once none of that can be loaded, the other replicas."""
     idle = [member for member in pool.live if not member.loading and now >= member.retry_at]
-    loading = {key for member in pool.live for key in member.loading}
-    batches: dict[str, list[ExpertKey]] = {member.name: [] for member in idle}
     room = {member.name: pool.free_bytes(member) for member in idle}
-    free_at_first = dict(room)
-    uncovered = [key for key in pool.placement.uncovered() if key not in loading]
-    for key in sorted(uncovered, key=lambda key: len(pool.target[key])):
-        size = pool.bytes_of([key])
-        able = [name for name in sorted(pool.target[key]) if name in batches and room[name] >= size]
-        if able:
-            least = min(able, key=lambda name: (free_at_first[name] - room[name], name))
-            batches[least].append(key)
-            room[least] -= size
-    for member in idle:
-        if not batches[member.name] and not pool.placement.uncovered():
+    uncovered = set(pool.placement.uncovered())
+    loading = {key for member in pool.live for key in member.loading}
+    batches = _shared_out(pool, uncovered - loading, room)
+    if not uncovered & loading and not any(batches.values()):
+        for member in idle:
             for key in pool.pending(member):
-                size = pool.bytes_of([key])
-                if room[member.name] >= size:
-                    batches[member.name].append(key)
-                    room[member.name] -= size
+                _take(pool, member.name, key, batches, room)
     for member in idle:
         if batches[member.name]:
             member.loading.update(batches[member.name])
             yield Assign(member.name, member.incarnation, tuple(sorted(batches[member.name])))
+
+
+def _shared_out(pool: Pool, keys: set[ExpertKey], room: dict[str, int]) -> dict[str, list[ExpertKey]]:
+    """Each expert to one worker of its target, so that all get about as many bytes; those with few choices first."""
+    batches: dict[str, list[ExpertKey]] = {name: [] for name in room}
+    before = dict(room)
+    for key in sorted(keys, key=lambda key: (len(pool.target[key]), key)):
+        for name in sorted(pool.target[key] & room.keys(), key=lambda name: (before[name] - room[name], name)):
+            if _take(pool, name, key, batches, room):
+                break
+    return batches
+
+
+def _take(pool: Pool, name: str, key: ExpertKey, batches: dict[str, list[ExpertKey]], room: dict[str, int]) -> bool:
+    """Put the expert into the worker's batch, if it has room."""
+    size = pool.bytes_of([key])
+    if room[name] < size:
+        return False
+    batches[name].append(key)
+    room[name] -= size
+    return True
 
 
 def _probes(pool: Pool) -> Iterator[Probe]:

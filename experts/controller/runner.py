@@ -260,7 +260,7 @@ class Runner:
             await self._stubs[action.worker].Release(request, timeout=CALL_TIMEOUT, metadata=self._trust.metadata)
         except (grpc.aio.AioRpcError, KeyError):
             await asyncio.sleep(RETRY_SECONDS)
-            self.pool.release_failed(action.worker, action.incarnation)
+            self.pool.release_failed(action.worker, action.incarnation, self.clock())
             return
         self.pool.released(action.worker, action.incarnation, action.experts)
 

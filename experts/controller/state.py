@@ -89,7 +89,7 @@ class Pool:
 
     def holders(self, key: ExpertKey) -> list[Member]:
         """Live members whose replica may be named, by number."""
-        return [member for member in self.live if key in member.proven]
+        return [member for member in self.live if key in member.proven and key not in member.releasing]
 
     # ------------------------------------------------------------------ events: members
 
@@ -231,11 +231,12 @@ class Pool:
         self.moves += len(keys)
         self._changed()
 
-    def release_failed(self, name: str, incarnation: str) -> None:
-        """A Release could not be made: it is tried again."""
+    def release_failed(self, name: str, incarnation: str, now: float) -> None:
+        """A Release could not be made: it is tried again, if it is still wanted."""
         member = self._present(name, incarnation)
         if member is not None:
             member.releasing.clear()
+            self.publish(now)
 
     # ------------------------------------------------------------------ events: engines
 
@@ -261,18 +262,18 @@ class Pool:
     def named(self, key: ExpertKey, live: Sequence[Member], short: frozenset[str]) -> tuple[str, ...]:
         """The replicas of an expert that engines shall use, by worker number.
 
-        Every wanted replica that is proven. The unwanted ones too while there is no wanted one, or while another wanted
-        one is on its way and the memory of the unwanted one is not needed. short: members that need memory.
+        Every wanted replica that is proven. The unwanted ones too while there is no wanted one, or while a wanted one
+        is missing and the memory of the unwanted one is not needed. short: members that need memory.
         """
         target = self.target[key]
-        holders = [member.name for member in live if key in member.proven]
+        holders = [member.name for member in live if key in member.proven and key not in member.releasing]
         wanted = [name for name in holders if name in target]
         if len(wanted) == len(holders):
             return tuple(wanted)
         if not wanted:
             return tuple(holders)
-        on_its_way = any(member.name in target and key not in member.proven for member in live)
-        return tuple(name for name in holders if name in target or (on_its_way and name not in short))
+        missing = len(wanted) < len(target)
+        return tuple(name for name in holders if name in target or (missing and name not in short))
 
     def publish(self, now: float) -> None:
         """Make the placement follow what is held; a change is a new epoch."""
