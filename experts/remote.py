@@ -19,7 +19,7 @@ from experts.pool_view import PoolView, PoolWatch, WorkerView
 from experts.roster import Member, Roster
 
 ACKNOWLEDGE_SECONDS = 0.02
-# How long the start waits for a pool that says that it cannot cover all experts, and for one that only makes no progress.
+# How long the start waits for a pool that says that it cannot cover all experts, and for one that only stands still.
 PROBLEM_SECONDS = 5.0
 STANDSTILL_SECONDS = 120.0
 
