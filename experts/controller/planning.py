@@ -72,11 +72,7 @@ def problem(pool: Pool) -> str:
     uncovered = len(pool.placement.uncovered())
     if not uncovered:
         return ""
-    trouble = [
-        f"{member.name} is {member.reach.name.lower()}: {member.detail}"
-        for member in pool.sorted_members()
-        if member.detail
-    ]
+    trouble = [f"{member.name}: {member.detail}" for member in pool.sorted_members() if member.detail]
     if pool.missing_bytes and pool.planned_for:
         return " ".join([_too_small(pool), *trouble])
     if not pool.live:
