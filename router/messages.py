@@ -149,7 +149,7 @@ class Failed(msgspec.Struct, frozen=True):
 
 
 class LinkStats(msgspec.Struct, frozen=True):
-    """The wire to one worker. Counters count from the start; seconds and bytes.
+    """The wire to one worker. Counters count from the start; seconds and bytes. transport: shm, grpc, or none if down.
 
     state: "ready", "suspect" (late; used only where nobody else holds the expert) or "down". rows: (token, expert)
     pairs sent. exchange_seconds: from a dispatch to its rows; compute_seconds: of that, what the worker computed.

@@ -23,7 +23,6 @@ from fastapi import FastAPI
 
 from barista.errors import BaristaError
 from router.console import OnProgress, progress
-from router.coverage import wait_covered
 from router.engine_process import EngineProcess
 from router.messages import ModelInfo
 from router.pool_process import PoolProcess
@@ -103,12 +102,19 @@ class Server:
             return True
 
     async def _start(self, on_progress: OnProgress) -> None:
-        """The engine loads its trunk while the workers load their experts."""
+        """The engine loads its trunk while the workers load their experts, and has started once it reaches them all."""
         if self._pool is None:
             await self._engine.start(on_progress)
             return
-        await self._engine.start(on_progress, await self._pool.start(on_progress))
-        await wait_covered(self._engine, self._pool, on_progress)
+        address = await self._pool.start(on_progress)
+        starting = asyncio.create_task(self._engine.start(on_progress, address))
+        try:
+            await _first(starting, self._pool.died.wait())
+            if not starting.done():
+                raise self._pool.failure
+            await starting
+        finally:
+            starting.cancel()
 
     async def _until_ended(self, ending: _Ending, http: asyncio.Task[None]) -> None:
         await _first(http, self._lost(), ending.now.wait(), ending.drain.wait())

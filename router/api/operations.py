@@ -9,7 +9,6 @@ from barista.metrics import CONTENT_TYPE
 from router.api.openapi import GET_ERRORS, TEXT, UNREADY
 from router.api.responses import Model, ModelList, Status
 from router.api.service import Service, unknown_model
-from router.coverage import experts_uncovered
 
 
 def operations_router(service: Service) -> APIRouter:
@@ -27,8 +26,10 @@ def operations_router(service: Service) -> APIRouter:
         if not service.ready:
             code = "draining" if service.admission.draining else "not_ready"
             raise Overloaded("The server is not ready.", code=code, retry_after=5)
-        if missing := experts_uncovered(await service.engine.stats()):
-            raise Overloaded(f"No worker holds {missing} of the experts.", code="experts_uncovered", retry_after=1)
+        pool = (await service.engine.stats()).pool
+        if pool is not None and pool.experts_uncovered:
+            message = f"No worker in reach holds {pool.experts_uncovered} of the experts."
+            raise Overloaded(message, code="experts_uncovered", retry_after=1)
         return {"status": "ok"}
 
     @router.get("/metrics", response_class=Response, responses={**GET_ERRORS, 200: TEXT})

@@ -8,7 +8,8 @@ from router.api.responses import LayerReport, MoveReport, PoolReport, RebalanceR
 from router.messages import LinkStats, PoolStats, Stats
 
 LOCAL: PoolReport = {"epoch": 0, "coverage": 1.0, "workers": []}
-NO_LINK = LinkStats(worker="", transport="", state="ready")
+NO_WIRE = "none"
+NO_LINK = LinkStats(worker="", transport=NO_WIRE, state="ready")
 NO_CONTROLLER = "The pool's controller does not answer; the workers serve without it, but none is replaced."
 NO_ENGINE = "The engine does not answer; it may be in a long step."
 
@@ -73,7 +74,7 @@ def _worker(worker: pb.Worker, link: LinkStats) -> WorkerReport:
         "capacity_bytes": worker.capacity_bytes,
         "node": worker.node,
         "restarts": worker.restarts,
-        "transport": link.transport or None,
+        "transport": None if link.transport == NO_WIRE else link.transport,
         "dispatches": link.dispatches,
         "rows": link.rows,
         "latency_ms": round(1e3 * link.exchange_seconds / link.dispatches, 3) if link.dispatches else 0.0,

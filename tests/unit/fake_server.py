@@ -2,7 +2,7 @@
 
 Prints its port once it listens and "ready" when the engine is loaded. A line on standard input ends a part of it: the
 engine, or with "http" uvicorn, or with "keeper" the keeper of its pool. KEEPER: "own" for a pool that ends with it,
-"named" for one that does not.
+"named" for one that does not, or a story of fake_keeper.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class FakeProcess(FakeEngine):
 
 
 def fake_pool(kind: str) -> PoolProcess:
-    command = (sys.executable, str(Path(__file__).with_name("fake_keeper.py")), "starts")
+    story = "starts" if kind in ("own", "named") else kind
+    command = (sys.executable, str(Path(__file__).with_name("fake_keeper.py")), story)
     return PoolProcess(ORDER, transport="auto", outlives_keeper=kind == "named", command=command)
 
 

@@ -160,6 +160,15 @@ def test_when_the_engine_dies_streams_fail_and_the_server_ends_with_an_error() -
         assert "Traceback" not in errors
 
 
+def test_a_pool_that_fails_while_the_engine_waits_for_it_ends_the_start() -> None:
+    with running(0, 30, 60, "fatal later") as server:
+        status, errors = server.end()
+        assert status == 1
+        assert "error: The Ray cluster at 10.0.0.9:6379 does not answer." in errors
+        assert "Start one." in errors
+        assert "Traceback" not in errors
+
+
 def test_a_server_whose_own_pool_has_died_ends_with_an_error() -> None:
     with running(0.1, 30, 0, "own") as server:
         server.wait_ready()

@@ -21,12 +21,9 @@ from experts.cluster.messages import PoolConfig
 from experts.expert_model import ExpertModel
 from experts.spec import FFNSpec
 from router import pool_process
-from router.coverage import wait_covered
-from router.messages import PoolStats
 from router.pool_order import RAY_ADDRESS, pool_order, worker_threads
 from router.pool_order import pool_process as pool_process_of
 from router.pool_process import PoolProcess
-from tests.unit.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 KEEPER = Path(__file__).with_name("fake_keeper.py")
@@ -117,31 +114,6 @@ async def test_a_keeper_that_does_not_end_is_killed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pool_process, "CLOSE_SECONDS", 0.2)
     async with keeper("deaf") as pool:
         await pool.start()
-
-
-async def test_coverage_is_waited_for() -> None:
-    engine = FakeEngine(pool=PoolStats(experts_uncovered=8))
-    seen: list[float] = []
-
-    def on_progress(fraction: float, message: str) -> None:
-        seen.append(fraction)
-        assert engine.pool is not None
-        engine.pool = PoolStats(experts_uncovered=engine.pool.experts_uncovered - 4)
-
-    async with keeper("starts") as pool:
-        await pool.start()
-        await asyncio.wait_for(wait_covered(engine, pool, on_progress), 10)
-    assert seen == [0.0, 0.5]
-
-
-async def test_a_pool_that_goes_before_it_is_covered_is_an_error() -> None:
-    async with keeper("fatal later") as pool:
-        await pool.start()
-        with pytest.raises(BaristaError, match=r"10\.0\.0\.9:6379"):
-            await asyncio.wait_for(wait_covered(FakeEngine(pool=PoolStats(experts_uncovered=8)), pool, _ignore), 10)
-
-
-def _ignore(fraction: float, message: str) -> None: ...
 
 
 def test_the_order_names_experts_sizes_and_settings(tmp_path: Path) -> None:
