@@ -16,7 +16,9 @@ from experts.pool_view import PoolView, WorkerView
 
 log = logging.getLogger(__name__)
 
-ATTACH_RETRY_SECONDS = 0.25
+# Between two attempts to attach; twice as long after each that failed.
+FIRST_RETRY_SECONDS = 0.25
+LONGEST_RETRY_SECONDS = 2.0
 CHECK_SECONDS = 0.2
 
 OUT_OF_REACH, SUSPECT, BUSY, WELL = range(4)
@@ -29,7 +31,8 @@ class Member:
     """One worker. index: its number in routing tables, kept for as long as the engine runs.
 
     extra: experts that it loaded at our demand, until the controller knows. not_held: experts that it denied, until the
-    next epoch.
+    next epoch. retry_seconds, retry_at, complaint: how long to wait after an attempt to attach that failed, until when,
+    and why it failed.
     """
 
     index: int
@@ -39,7 +42,9 @@ class Member:
     extra: set[ExpertKey] = field(default_factory=set)
     not_held: set[ExpertKey] = field(default_factory=set)
     attaching: bool = False
+    retry_seconds: float = FIRST_RETRY_SECONDS
     retry_at: float = 0.0
+    complaint: str = ""
     requests: int = 0
     rows: int = 0
     exchange_seconds: float = 0.0
@@ -216,6 +221,7 @@ class Roster:
             if member.view.incarnation != worker.incarnation:
                 member.extra.clear()
             member.view = worker
+            member.retry_seconds = FIRST_RETRY_SECONDS
             member.retry_at = 0.0
 
     def _change(self) -> None:
@@ -257,10 +263,15 @@ class Roster:
         try:
             link = self._attach(view)
         except LinkDown as error:
-            log.warning("%s at %s cannot be attached: %s", view.name, view.address, error)
-            member.retry_at = self._clock() + ATTACH_RETRY_SECONDS
+            if str(error) != member.complaint:
+                log.warning("%s at %s cannot be attached: %s", view.name, view.address, error)
+            member.complaint = str(error)
+            if member.view is view:
+                member.retry_at = self._clock() + member.retry_seconds
+                member.retry_seconds = min(2 * member.retry_seconds, LONGEST_RETRY_SECONDS)
         else:
             log.info("%s at %s is attached (%s).", view.name, view.address, link.transport)
+            member.complaint, member.retry_seconds = "", FIRST_RETRY_SECONDS
             old, member.link = member.link, link
             if old is not None:
                 old.close()

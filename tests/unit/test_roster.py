@@ -1,0 +1,77 @@
+"""Attaching and attaching again: in good time, and without a word too many."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from experts.link import LinkDown
+from experts.pool_view import WorkerView
+from experts.roster import LONGEST_RETRY_SECONDS, Roster
+from tests.unit.fake_links import Clock, FakeLink, random_weights, view
+
+VIEW = view({0: [["a"]] * 6}, "a")
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+class Refusals:
+    """Refuses until `link` is there."""
+
+    def __init__(self) -> None:
+        self.link: FakeLink | None = None
+        self.tried: list[str] = []
+
+    def __call__(self, worker: WorkerView) -> FakeLink:
+        self.tried.append(worker.address)
+        if self.link is None:
+            raise LinkDown("connection refused")
+        return self.link
+
+
+def test_a_worker_that_stays_away_is_asked_less_and_less_often_and_mentioned_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experts.roster.CHECK_SECONDS", 0.002)
+    clock, attach = Clock(), Refusals()
+    with caplog.at_level(logging.WARNING):
+        roster = Roster(attach, {0: 6}, clock)
+        try:
+            roster.update(VIEW)
+            for attempt in range(1, 7):
+                eventually(lambda attempt=attempt: len(attach.tried) == attempt)
+                eventually(lambda: not roster.members[0].attaching)
+                waited = roster.members[0].retry_at - clock.now
+                assert waited == min(0.25 * 2 ** (attempt - 1), LONGEST_RETRY_SECONDS)
+                clock.now += waited
+            attach.link = FakeLink(clock, random_weights(), ())
+            clock.now += LONGEST_RETRY_SECONDS
+            eventually(lambda: roster.members[0].up)
+        finally:
+            roster.close()
+    assert len(caplog.records) == 1
+
+
+def test_a_worker_that_comes_back_elsewhere_is_attached_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experts.roster.CHECK_SECONDS", 0.002)
+    clock, attach = Clock(), Refusals()
+    roster = Roster(attach, {0: 6}, clock)
+    try:
+        roster.update(VIEW)
+        eventually(lambda: len(attach.tried) == 1 and not roster.members[0].attaching)
+        attach.link = FakeLink(clock, random_weights(), ())
+        again = replace(VIEW.workers[0], address="a:2", incarnation="second")
+        roster.update(replace(VIEW, epoch=2, workers=(again,)))
+        eventually(lambda: roster.members[0].up)
+        assert attach.tried == ["a:1", "a:2"]
+    finally:
+        roster.close()
