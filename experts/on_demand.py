@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,10 @@ from experts.roster import ExpertKey, Member, Roster
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
+# A survivor that has not said within this time how much room it has is not asked to load anything.
+DESCRIBE_SECONDS = 1.0
+# A load that has not come forward for so long is left to itself, and another is begun.
+STALL_SECONDS = 5.0
 
 
 class WorkerControl(Protocol):
@@ -51,7 +56,7 @@ class OnDemandLoader:
         self._connect = connect
         self._expert_bytes = expert_bytes
         self._lock = threading.Lock()
-        self._running = False
+        self._attempt = 0
         self._not_before = 0.0
         self.loads = 0
 
@@ -59,51 +64,73 @@ class OnDemandLoader:
         """Some expert of this layer is needed now. Starts loading all that nobody holds, this layer first, unless that
         is under way already. Returns at once; the roster changes when something has been loaded."""
         with self._lock:
-            if self._running or time.monotonic() < self._not_before:
+            now = time.monotonic()
+            if now < self._not_before:
                 return
-            self._running = True
+            self._not_before = now + STALL_SECONDS
+            self._attempt += 1
+            attempt = self._attempt
         missing = self._roster.uncovered(well=True)
         layers = sorted({key[0] for key in missing})
         order = {number: (number < layer, number) for number in layers}
         keys = sorted(missing, key=lambda key: (order[key[0]], key[1]))
-        threading.Thread(target=self._load, args=(keys,), name="on-demand", daemon=True).start()
+        threading.Thread(target=self._load, args=(keys, attempt), name="on-demand", daemon=True).start()
 
-    def _load(self, keys: list[ExpertKey]) -> None:
+    def _load(self, keys: list[ExpertKey], attempt: int) -> None:
         started = self.loads
         try:
-            now = time.monotonic()
-            survivors = [
-                member
-                for member in self._roster.members
-                if member.up and member.link and not member.liveness.suspect(now, member.link.outstanding)
-            ]
+            room = self._room()
             threads = []
-            reports = [self._describe(member) for member in survivors]
-            free = [max(0, report.capacity_bytes - report.held_bytes) if report else 0 for report in reports]
-            for member, share in zip(survivors, share_out(keys, free, self._expert_bytes), strict=True):
+            for member, share in zip(room, share_out(keys, list(room.values()), self._expert_bytes), strict=True):
                 if share:
                     log.warning("%s loads %d experts that no reachable worker holds.", member.name, len(share))
-                    threads.append(threading.Thread(target=self._assign, args=(member, share), daemon=True))
+                    threads.append(threading.Thread(target=self._assign, args=(member, share, attempt), daemon=True))
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
         finally:
-            with self._lock:
-                self._running = False
-                if self.loads == started:
-                    self._not_before = time.monotonic() + RETRY_SECONDS
+            self._wait_at_least(0.0 if self.loads > started else RETRY_SECONDS, attempt)
 
-    def _describe(self, member: Member) -> pb.DescribeReply | None:
+    def _wait_at_least(self, seconds: float, attempt: int) -> None:
+        """When the next load may begin, as far as this one has a say in it still."""
+        with self._lock:
+            if attempt == self._attempt:
+                self._not_before = time.monotonic() + seconds
+
+    def _room(self) -> dict[Member, int]:
+        """Survivors that are well, and the bytes that each has free."""
+        now = time.monotonic()
+        survivors = [
+            member
+            for member in self._roster.members
+            if member.up and member.link and not member.liveness.suspect(now, member.link.outstanding)
+        ]
+        answers: queue.SimpleQueue[tuple[Member, int]] = queue.SimpleQueue()
+        for member in survivors:
+            threading.Thread(target=lambda m=member: answers.put((m, self._free(m))), daemon=True).start()
+        free: dict[Member, int] = {}
         try:
-            return self._connect(member).describe()
+            while len(free) < len(survivors):
+                member, size = answers.get(timeout=max(0.0, now + DESCRIBE_SECONDS - time.monotonic()))
+                free[member] = size
+        except queue.Empty:
+            silent = ", ".join(member.name for member in survivors if member not in free)
+            log.warning("%s: no answer about free memory.", silent)
+        return {member: free[member] for member in survivors if member in free}
+
+    def _free(self, member: Member) -> int:
+        try:
+            report = self._connect(member).describe()
         except OSError as error:
             log.warning("%s does not say what it holds: %s", member.name, error)
-            return None
+            return 0
+        return max(0, report.capacity_bytes - report.held_bytes)
 
-    def _assign(self, member: Member, keys: list[ExpertKey]) -> None:
+    def _assign(self, member: Member, keys: list[ExpertKey], attempt: int) -> None:
         try:
             for progress in self._connect(member).assign(keys, term=0, epoch=self._roster.epoch):
+                self._wait_at_least(STALL_SECONDS, attempt)
                 loaded = [(held.layer, held.expert) for held in progress.loaded]
                 if loaded:
                     self._roster.loaded(member, loaded)
