@@ -24,12 +24,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from barista.errors import ConfigError
 from barista.trust import Trust
 from experts import kernels
-from experts.attach import CallFailed, Hello, WorkerClient, attach
+from experts.attach import CallFailed, Hello, WorkerClient, _greet, _offer, attach
 from experts.checkpoint import open_checkpoint
 from experts.expert_model import ExpertModel
 from experts.expert_weights import ExpertReader
 from experts.link import Link, LinkDown, RowsRequest, RowsStatus
 from experts.numerics import numerics_id
+from experts.transport.grpc import ExchangeStream
 from experts.worker.server import WorkerServer
 from tests.distributed.workers import ROOT, TRUST, RunningWorker, start_worker, start_workers, tiny_expert_model
 
@@ -161,6 +162,26 @@ def test_shared_memory_has_no_name_once_both_ends_have_it(workers, model):
         assert ask(link, [[0, 1]]).status is RowsStatus.OK
     finally:
         link.close()
+
+
+def test_a_worker_takes_the_name_of_a_window_away_by_itself(workers, model):
+    """So that an engine that is killed right after the offer leaves nothing behind."""
+    window, _ = _offer(hello(model))
+    stream = ExchangeStream(workers[0].address, TRUST)
+    try:
+        assert _greet(stream, hello(model), window).window_accepted
+        assert not (Path("/dev/shm") / window.name).exists()
+    finally:
+        window.unlink()
+        stream.close()
+
+
+@pytest.mark.parametrize("transport", ["grpc", "shm"])
+def test_a_closed_link_leaves_no_thread_though_its_worker_is_stopped(workers, model, transport):
+    link = attach(workers[1].address, hello(model), TRUST, transport)
+    with workers[1].stopped():
+        link.close()
+        assert not [thread for thread in threading.enumerate() if thread.name == f"exchange {workers[1].address}"]
 
 
 def test_describe_says_what_is_held_and_how_much_was_served(workers, model):
