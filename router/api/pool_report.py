@@ -21,7 +21,7 @@ def pool_report(state: pb.PoolState | None, stats: Stats | None) -> PoolReport:
     """
     pool = PoolStats() if stats is None or stats.pool is None else stats.pool
     tokens = () if stats is None else stats.expert_tokens
-    known = pb.PoolState(epoch=pool.epoch, coverage=1.0) if state is None else state
+    known = _without_controller(pool) if state is None else state
     problems = [known.problem, NO_CONTROLLER if state is None else "", NO_ENGINE if stats is None else ""]
     total = sum(len(layer.experts) for layer in known.layers) or sum(map(len, tokens))
     reached = 1 - pool.experts_uncovered / total if total else known.coverage
@@ -51,15 +51,17 @@ def rebalance_report(reply: pb.RebalanceReply, *, dry_run: bool) -> RebalanceRep
     }
 
 
+def _without_controller(pool: PoolStats) -> pb.PoolState:
+    """What the engine would say in the controller's place."""
+    workers = [pb.Worker(name=link.worker, state=pb.WORKER_STATE_READY) for link in pool.links]
+    return pb.PoolState(epoch=pool.epoch, coverage=1.0, workers=workers)
+
+
 def _workers(state: pb.PoolState, links: tuple[LinkStats, ...]) -> list[WorkerReport]:
-    """Every worker that either side knows, worker-2 before worker-10."""
+    """Every worker of the pool, worker-2 before worker-10. The engine may still count those that have left."""
     by_link = {link.worker: link for link in links}
-    known = {worker.name: worker for worker in state.workers}
-    unknown = {name: pb.Worker(name=name, state=pb.WORKER_STATE_READY) for name in by_link.keys() - known.keys()}
-    return [
-        _worker(worker, by_link.get(name, NO_LINK))
-        for name, worker in sorted((known | unknown).items(), key=lambda item: _by_number(item[0]))
-    ]
+    workers = sorted(state.workers, key=lambda worker: _by_number(worker.name))
+    return [_worker(worker, by_link.get(worker.name, NO_LINK)) for worker in workers]
 
 
 def _worker(worker: pb.Worker, link: LinkStats) -> WorkerReport:

@@ -81,7 +81,9 @@ def _picture(report: Report, events: deque[str]) -> RenderableType:
 
     from router.pool_table import HEADER, rows, summary
 
-    table = Table(*HEADER, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for name in HEADER:
+        table.add_column(name, no_wrap=True)
     for worker, cells in zip(report["workers"], rows(report), strict=True):
         table.add_row(*map(Text, cells), style=_colour(worker))
     return Group(Text(summary(report)), Text(""), table, Text(""), *map(Text, events))

@@ -87,12 +87,12 @@ async def test_the_pool_is_what_controller_and_engine_know(pool: PoolClient) -> 
     assert (second["name"], second["state"], second["transport"]) == ("worker-1", "suspect", "grpc")
 
 
-def test_workers_are_sorted_by_number() -> None:
+def test_workers_are_sorted_by_number_and_those_that_have_left_are_not_shown() -> None:
     names = ["worker-10", "worker-2", "worker-0"]
     state = pb.PoolState(workers=[pb.Worker(name=name) for name in names])
-    links = (LinkStats("worker-1", "shm", "ready"),)
+    links = (LinkStats("worker-1", "none", "down"),)
     report = pool_report(state, Stats(pool=PoolStats(links=links)))
-    assert [worker["name"] for worker in report["workers"]] == ["worker-0", "worker-1", "worker-2", "worker-10"]
+    assert [worker["name"] for worker in report["workers"]] == ["worker-0", "worker-2", "worker-10"]
 
 
 def test_the_controllers_word_on_a_lost_worker_stands() -> None:
