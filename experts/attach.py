@@ -53,7 +53,6 @@ def attach(address: str, hello: Hello, trust: Trust, transport: str = "auto") ->
     try:
         attached = _greet(stream, hello, window)
         if window is not None and attached.window_accepted:
-            window.unlink()
             return _AttachedShmLink(window, stream)
         if transport == "shm":
             raise LinkDown(f"{address}: no shared memory: {attached.window_refusal}")

@@ -217,7 +217,6 @@ def _window(attach: pb.Attach) -> tuple[Window | None, str]:
         return None, str(error)
     if (window.hidden_size, window.top_k, ROW_DTYPES[window.dtype]) != (attach.hidden_size, attach.top_k, attach.dtype):
         return None, "the window is of another shape than the rows"
-    window.unlink()
     return window, ""
 
 
