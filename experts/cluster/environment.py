@@ -19,4 +19,4 @@ def keeper_environment(environment: Mapping[str, str]) -> dict[str, str]:
     defaults = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
     if not any(environment.get(name) for name in _AUTH_VARIABLES):
         defaults |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    return defaults | environment
+    return defaults | dict(environment)

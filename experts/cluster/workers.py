@@ -61,7 +61,7 @@ class RayWorkers:
         """Where the worker serves, as soon as it does. Raises BaristaError when it cannot."""
         while True:
             try:
-                actor = ray.get_actor(name, self._namespace)
+                actor: Any = ray.get_actor(name, self._namespace)
                 address, node_id = await actor.serve.remote(capacity_bytes)
                 return Location(address, node_id[:12], _domain(node_id))
             except BaristaError:
@@ -160,7 +160,7 @@ def _nodes_of(group: PlacementGroup) -> list[str]:
 
 def _room(bundle: dict[str, float]) -> int:
     """How many such bundles the cluster has free resources for, nodes aside."""
-    free = ray.available_resources()
+    free: dict[str, float] = ray.available_resources()
     return math.floor(min(free.get(resource, 0.0) / amount for resource, amount in bundle.items()))
 
 
