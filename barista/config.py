@@ -54,7 +54,9 @@ class ServeConfig:
     )
     workers: int = option(0, "Expert worker processes; 0 keeps the experts in the engine.", minimum=0)
     pool: str | None = option(
-        None, "Join, or make, the worker pool of this name, which outlives the server.", shown="a pool of its own"
+        None,
+        "Join, or make, the worker pool of this name, which outlives the server, on the Ray cluster at RAY_ADDRESS.",
+        shown="a pool of its own",
     )
     redundancy: int = option(2, "Workers that hold each expert, where memory allows.", minimum=1)
     worker_threads: int | None = option(None, "Threads of each worker.", shown="its share of the cores", minimum=1)

@@ -22,7 +22,7 @@ def pool_process(config: ServeConfig, path: Path) -> PoolProcess:
     return PoolProcess(
         pool_order(config, path),
         transport=config.transport,
-        outlives_keeper=config.pool is not None or RAY_ADDRESS in os.environ,
+        outlives_keeper=config.pool is not None or bool(os.environ.get(RAY_ADDRESS)),
     )
 
 

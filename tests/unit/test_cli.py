@@ -97,12 +97,17 @@ def test_beyond_loopback_a_key_file_is_required() -> None:
     assert_fails(run("serve", "--host", "0.0.0.0", "--port", 0), 1, "0.0.0.0", "--api-key-file")
 
 
+@pytest.mark.parametrize("flag", ["--api-key-file", "--admin-key-file"])
 @pytest.mark.parametrize("content", [None, "", "# only a comment\n\n"])
-def test_a_key_file_without_keys_is_refused(tmp_path: Path, content: str | None) -> None:
+def test_a_key_file_without_keys_is_refused(tmp_path: Path, flag: str, content: str | None) -> None:
     file = tmp_path / "keys"
     if content is not None:
         file.write_text(content)
-    assert_fails(run("serve", "--api-key-file", file, "--port", 0), 1, "keys")
+    assert_fails(run("serve", flag, file, "--port", 0), 1, "keys")
+
+
+def test_settings_of_the_workers_without_workers_are_refused_with_a_remedy() -> None:
+    assert_fails(run("serve", "--transport", "grpc"), 1, "error: transport is grpc", "--workers N")
 
 
 def test_a_hub_name_that_was_not_pulled_names_the_command_that_would(tmp_path: Path) -> None:

@@ -157,7 +157,8 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pool", "ray", "outlives"), [(None, None, False), ("bar", None, True), (None, "10.0.0.9:6379", True)]
+    ("pool", "ray", "outlives"),
+    [(None, None, False), (None, "", False), ("bar", None, True), (None, "10.0.0.9:6379", True)],
 )
 def test_which_pools_outlive_their_keeper(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pool: str | None, ray: str | None, outlives: bool
