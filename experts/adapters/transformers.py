@@ -109,6 +109,11 @@ class PooledExperts:
             raise ConfigError("A pool serves this model already.", "Close that one first.")
         self._before = model.get_experts_implementation()
         model.set_experts_implementation(IMPLEMENTATION)
+        if any(module.config._experts_implementation != IMPLEMENTATION for module in self._modules.values()):
+            raise ConfigError(
+                f"transformers does not let {type(model).__name__} change its experts implementation.",
+                "Load the model as transformers' own class.",
+            )
         caller = _Caller(pool)
         for layer, module in self._modules.items():
             _callers[module] = (caller, layer)

@@ -178,6 +178,13 @@ def test_another_activation_is_refused(tmp_path):
         PooledExperts(model, ExpertPool(Recorder(), 3, 6))
 
 
+def test_a_class_that_keeps_its_own_experts_is_refused(tmp_path, monkeypatch):
+    model = make("mixtral", tmp_path)
+    monkeypatch.setattr(type(model), "_can_set_experts_implementation", classmethod(lambda cls: False))
+    with pytest.raises(ConfigError, match="does not let MixtralForCausalLM"):
+        PooledExperts(model, ExpertPool(Recorder(), 3, 6))
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     model = make("mixtral", tmp_path / "mixtral")
     make("qwen3", tmp_path / "dense")
