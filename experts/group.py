@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,12 +24,15 @@ from experts.on_demand import OnDemandLoader
 from experts.pool import DispatchBatch
 from experts.roster import Member, Roster, Routing
 
+UNHELD = -2  # of kernels.route: asked for, and nobody holds it
 EXPERT_COST = 4  # of reading an expert's weights, in rows; as in liveness.work_of
 POLL_SECONDS = 0.0005
 # A worker that is late for so long, and the only one with an expert, is given up: a survivor loads the expert.
 HANG_SECONDS = 1.0
 # How long a layer may wait for experts that nobody holds, before the rows that need them fail.
 LOAD_SECONDS = 30.0
+# How long it may wait for a replica that is out of reach, when those in reach have failed.
+SECOND_OPINION_SECONDS = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -74,8 +77,9 @@ class Placed:
 class Layer:
     """A layer under way, and the ticket for it.
 
-    addresses: [num_tokens, k] int64, where each pair's expert row lies, 0 while it is missing. excluded: (member index,
-    expert) pairs that have failed in this layer. accused: who gave rows that are not finite.
+    addresses: [num_tokens, k] int64, where each pair's expert row lies, 0 while it is missing. missing: how many are
+    waited for. excluded: (member index, expert) pairs that have failed in this layer. accused: who gave rows that are
+    not finite. hopeless: experts that are not waited for any more.
     """
 
     batch: DispatchBatch
@@ -88,15 +92,29 @@ class Layer:
     excluded: set[tuple[int, int]] = field(default_factory=set)
     placed: list[Placed] = field(default_factory=list)
     accused: set[Member] = field(default_factory=set)
-    hopeless: bool = False
+    hopeless: set[int] = field(default_factory=set)
 
     @property
     def row_bytes(self) -> int:
         return self.batch.hidden_states.shape[1] * self.batch.hidden_states.itemsize
 
+    @property
+    def absent(self) -> np.ndarray:
+        """[num_tokens, k] bool: pairs whose rows have not come in."""
+        missing: np.ndarray = (self.addresses == 0) & (self.topk_ids >= 0)
+        return missing
+
     def recount(self) -> None:
-        """Bring `missing` up to date with the addresses."""
-        self.missing = int(np.count_nonzero((self.addresses == 0) & (self.topk_ids >= 0)))
+        """Bring `missing` up to date with the addresses and with what is hopeless."""
+        absent = self.absent
+        if self.hopeless:
+            absent &= ~np.isin(self.topk_ids, list(self.hopeless))
+        self.missing = int(np.count_nonzero(absent))
+
+    def give_up(self, experts: Iterable[int]) -> None:
+        """Wait for these experts no longer."""
+        self.hopeless.update(experts)
+        self.recount()
 
 
 @dataclass(slots=True)
@@ -132,9 +150,10 @@ class WorkerGroup:
         topk_ids = batch.topk_ids.numpy()
         addresses = np.zeros(topk_ids.shape, dtype=np.int64)
         layer = Layer(batch, topk_ids, addresses, now)
-        layer.recount()
         owner = kernels.route(topk_ids, routing.replicas, routing.cost, EXPERT_COST)
-        self._send_to_owners(layer, topk_ids, owner, routing)
+        layer.missing = self._send_to_owners(layer, topk_ids, owner, routing)
+        if UNHELD in owner:
+            layer.recount()
         self.counters.layers += 1
         self.counters.dispatch_seconds += self._clock() - now
         return layer
@@ -147,13 +166,12 @@ class WorkerGroup:
         while True:
             self._gather(ticket)
             rows, failed = kernels.combine_rows(ticket.addresses, batch.topk_weights, hidden, batch.hidden_states.dtype)
-            if ticket.missing:
-                lost = torch.from_numpy(((ticket.addresses == 0) & (ticket.topk_ids >= 0)).any(axis=1))
-                failed |= lost
-                rows[lost] = 0
-                break
             if not failed.any() or not self._forget_nonfinite(ticket):
                 break
+        if ticket.hopeless:
+            lost = torch.from_numpy(ticket.absent.any(axis=1))
+            failed |= lost
+            rows[lost] = 0
         if ticket.accused and not failed.any():
             for member in ticket.accused:
                 member.liveness.quarantine(self._clock())
@@ -173,8 +191,10 @@ class WorkerGroup:
 
     # ---- sending
 
-    def _send_to_owners(self, layer: Layer, topk_ids: np.ndarray, owner: np.ndarray, routing: Routing) -> None:
+    def _send_to_owners(self, layer: Layer, topk_ids: np.ndarray, owner: np.ndarray, routing: Routing) -> int:
+        """Each owner its pairs; returns their number."""
         owners = owner.tolist()
+        total = 0
         for index in sorted(set(owners)):
             if index < 0:
                 continue
@@ -182,6 +202,8 @@ class WorkerGroup:
             tokens, ids, num_pairs = kernels.split(topk_ids, owner, index)
             work = work_of(owners.count(index), num_pairs)
             self._launch(layer, member, tokens, ids, num_pairs, work, routing.epoch)
+            total += num_pairs
+        return total
 
     def _launch(
         self, layer: Layer, member: Member, tokens: np.ndarray, ids: np.ndarray, num_pairs: int, work: int, epoch: int
@@ -241,7 +263,7 @@ class WorkerGroup:
         for flight in list(layer.flights):  # the common case: each worker answers in its time
             if not flight.done:
                 self._receive(layer, flight, flight.started + flight.member.liveness.hedge_after(flight.work))
-        while layer.missing and not layer.hopeless:
+        while layer.missing:
             self._attend(layer)
 
     def _receive(self, layer: Layer, flight: Flight, deadline: float) -> None:
@@ -326,7 +348,7 @@ class WorkerGroup:
         if (orphans >= 0).any():
             self._resend(layer, orphans, now)
         if now - layer.started > LOAD_SECONDS:
-            layer.hopeless = True
+            layer.give_up(np.unique(layer.topk_ids[layer.absent]).tolist())
             return
         waiting = [flight for flight in layer.flights if not flight.done]
         if not waiting:
@@ -369,19 +391,21 @@ class WorkerGroup:
         if self._send_again(layer, orphans, routing):
             self.counters.resends += 1
         asked = np.unique(orphans)
-        nobody = [int(expert) for expert in asked if expert >= 0 and not routing.holders[expert]]
-        if not nobody:
-            return
-        failed = {expert for _, expert in layer.excluded}
-        if all(expert in failed for expert in nobody) and self._all_present(layer, nobody):
-            layer.hopeless = True
-        else:
+        nobody = {int(expert) for expert in asked if expert >= 0 and not routing.holders[expert]}
+        vain = {expert for expert in nobody if self._asked_in_vain(layer, expert, now)}
+        if vain:
+            layer.give_up(vain)
+        if nobody - vain:
             self._loader.want(layer.batch.layer)
 
-    def _all_present(self, layer: Layer, experts: list[int]) -> bool:
-        """Whether every one of these is held by someone: then asking has failed, and loading it again will not help."""
-        holders = self._roster.routing(layer.batch.layer, self._clock()).holders
-        return all(holders[expert] for expert in experts)
+    def _asked_in_vain(self, layer: Layer, expert: int, now: float) -> bool:
+        """Whether all who hold it have failed, so that loading it again will not help. Who is away may have another
+        answer, and is given a moment to come back."""
+        failed = any(expert == which for _, which in layer.excluded)
+        held = self._roster.routing(layer.batch.layer, now).holders[expert]
+        if not failed or not held:
+            return False
+        return now - layer.started > SECOND_OPINION_SECONDS or not self._roster.awaited((layer.batch.layer, expert))
 
     def _send_again(self, layer: Layer, topk_ids: np.ndarray, routing: Routing) -> bool:
         if not (topk_ids >= 0).any():
@@ -404,8 +428,8 @@ class WorkerGroup:
         return routing.without(without) if without else routing
 
     def _forget_nonfinite(self, layer: Layer) -> bool:
-        """Make pairs missing whose rows are not finite although the hidden states were, where another replica can be
-        asked. True if there are any: the layer must be gathered again."""
+        """Make pairs missing whose rows are not finite although the hidden states were, where there is another
+        replica. True if there are any: the layer must be gathered again."""
         hidden_states = layer.batch.hidden_states
         sane = hidden_states.isfinite().all(dim=1).numpy()
         bad = np.zeros(layer.topk_ids.shape, dtype=np.bool_)
@@ -413,8 +437,10 @@ class WorkerGroup:
             bad |= self._nonfinite_pairs(layer, placed) & sane[:, None]
         if not bad.any():
             return False
-        elsewhere = np.array([bool(who) for who in self._routing(layer).holders])
-        retried = bad & elsewhere[layer.topk_ids]
+        holders, number = self._routing(layer).holders, layer.batch.layer
+        experts = np.unique(layer.topk_ids[bad]).tolist()
+        elsewhere = [expert for expert in experts if holders[expert] or self._roster.awaited((number, expert))]
+        retried = bad & np.isin(layer.topk_ids, elsewhere)
         layer.addresses[retried] = 0
         layer.recount()
         return bool(retried.any())

@@ -177,6 +177,14 @@ class Roster:
                     keys.append((layer, expert))
         return keys
 
+    def awaited(self, key: ExpertKey) -> bool:
+        """Whether a worker that holds it, by the controller's word, is out of reach and may come back."""
+        view, members = self._view, self._members
+        if view is None or key[0] not in view.replicas:
+            return False
+        reachable = {worker.name for worker in view.workers}
+        return any(name in reachable and not members[name].up for name in view.replicas[key[0]][key[1]])
+
     def lost(self, member: Member) -> None:
         """Its wire broke."""
         with self._lock:

@@ -240,3 +240,46 @@ def test_the_next_layer_is_not_disturbed(fault: str) -> None:
         for seed in range(6):
             work = batch(seed=seed)
             assert_same_cup(made.run(work), work)
+
+
+def test_an_expert_that_fails_everywhere_takes_no_other_pair_with_it() -> None:
+    with pool((0, 1, 2), (1, 2, 3, 4, 5)) as made:
+        made.links["a"].faults.append("failed")
+        made.links["b"].delay = 0.02
+        work = batch(8, k=2)
+        rows, failed = made.run(work)
+        assert failed.tolist() == (work[1] == 0).any(dim=1).tolist()
+        expected, _ = kernels.moe(*work, TABLE)
+        assert torch.equal(rows[~failed], expected[~failed])
+
+
+@pytest.mark.parametrize("fault", ["failed", "nan"])
+def test_a_replica_that_is_away_for_a_moment_is_asked_when_it_is_back(fault: str) -> None:
+    with pool(ALL, ALL) as made:
+        made.member("b").attaching = True  # nobody else brings it back
+        made.links["b"].close()
+        made.links["a"].faults.append(fault)
+
+        def back(seconds: float) -> None:
+            made.links["b"]._down = False
+
+        made.roster.wait_changed = back  # type: ignore[method-assign]
+        work = batch(8)
+        assert_same_cup(made.run(work), work)
+
+
+@pytest.mark.parametrize("fault", ["failed", "nan"])
+def test_a_replica_that_stays_away_is_waited_for_a_second_at_most(fault: str) -> None:
+    with pool(ALL, ALL) as made:
+        made.member("b").attaching = True
+        made.links["b"].close()
+        made.links["a"].faults.append(fault)
+
+        def tick(seconds: float) -> None:
+            made.clock.now += 0.1
+
+        made.roster.wait_changed = tick  # type: ignore[method-assign]
+        before = made.clock.now
+        _, failed = made.run(batch(8))
+        assert failed.any()
+        assert made.clock.now - before < 1.5
