@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,12 +21,13 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from barista.errors import BaristaError, ConfigError
+from barista.trust import Trust
 from experts.cluster import messages
 from experts.cluster.controller_actor import NAME, ControllerActor
 from experts.cluster.local import joined_cluster, local_cluster
 from experts.cluster.messages import PoolConfig
 from experts.cluster.processes import end_with_parent
-from experts.cluster.workers import LOOPBACK, package_env
+from experts.cluster.workers import LOOPBACK, cause_of, package_env
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +58,19 @@ class Keeper:
         try:
             self._keep(PoolConfig.from_json(line.decode()))
         except BaristaError as error:
-            self._say(messages.fatal(error.message, error.remedy))
+            cause = cause_of(error)
+            self._say(messages.fatal(cause.message, cause.remedy))
         except (RayError, ConnectionError, OSError, RuntimeError, ValueError) as error:
             self._say(messages.fatal(f"Ray failed: {error}", "Its logs are in /tmp/ray/session_latest/logs."))
 
     def _keep(self, config: PoolConfig) -> None:
         namespace = f"barista-{config.pool or secrets.token_hex(4)}"
+        token = secrets.token_urlsafe(32)
+        Trust(token, Path(config.tls_dir) if config.tls_dir else None)  # a bad folder is found out before Ray starts
         self._say(messages.progress(0.0, "starting Ray"))
         with _cluster(config, namespace):
             self._say(messages.progress(0.5, "starting the controller"))
-            controller, is_new = _controller(config, namespace)
+            controller, is_new = _controller(config, token, namespace)
             try:
                 address, token, digest, path = ray.get(controller.about.remote())
                 if digest != config.model.digest:
@@ -116,8 +121,8 @@ def _cluster(config: PoolConfig, namespace: str) -> contextlib.AbstractContextMa
     return local_cluster(namespace)
 
 
-def _controller(config: PoolConfig, namespace: str) -> tuple[Any, bool]:
-    """The pool's controller on this node, and whether it is a new one."""
+def _controller(config: PoolConfig, token: str, namespace: str) -> tuple[Any, bool]:
+    """The pool's controller, and whether it is a new one, which then takes the token."""
     with contextlib.suppress(ValueError):
         return ray.get_actor(NAME, namespace), False
     here = ray.get_runtime_context().get_node_id()
@@ -135,7 +140,7 @@ def _controller(config: PoolConfig, namespace: str) -> tuple[Any, bool]:
             scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
             runtime_env=package_env(),
         )
-        .remote(config, secrets.token_urlsafe(32), namespace, host, host if config.tls_dir else LOOPBACK)
+        .remote(config, token, namespace, host, host if config.tls_dir else LOOPBACK)
     )
     return controller, True
 

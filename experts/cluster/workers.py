@@ -64,8 +64,8 @@ class RayWorkers:
                 actor: Any = ray.get_actor(name, self._namespace)
                 address, node_id = await actor.serve.remote(capacity_bytes)
                 return Location(address, node_id[:12], _domain(node_id))
-            except BaristaError:
-                raise
+            except BaristaError as error:
+                raise cause_of(error) from None
             except (RayActorError, ValueError):  # it is being restarted, or not made yet
                 await asyncio.sleep(LOCATE_RETRY_SECONDS)
             except RayError as error:
@@ -150,6 +150,12 @@ def package_env() -> dict[str, Any]:
         return {}
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}}
+
+
+def cause_of(error: BaristaError) -> BaristaError:
+    """What an actor raised, without the traceback that Ray wraps it in."""
+    cause = getattr(error, "cause", error)
+    return cause if isinstance(cause, BaristaError) else error
 
 
 def _nodes_of(group: PlacementGroup) -> list[str]:

@@ -155,7 +155,7 @@ class Runner:
             try:
                 where = await self.workers.locate(name, member.capacity_bytes)
             except BaristaError as error:
-                self.pool.lost(name, str(error), self.clock())
+                self.pool.cannot_serve(name, str(error), self.clock())
                 await asyncio.sleep(RELOCATE_SECONDS)
                 continue
             self.pool.located(name, where.address, where.node, where.domain)

@@ -169,6 +169,12 @@ class Pool:
         self._changed()
         self.publish(now)
 
+    def cannot_serve(self, name: str, detail: str, now: float) -> None:
+        """A member is there but cannot do its work, for want of its checkpoint perhaps."""
+        member = self.members.get(name)
+        if member is not None:
+            self._refuse(member, detail, now)
+
     # ------------------------------------------------------------------ events: replicas
 
     def loaded(self, name: str, incarnation: str, digests: dict[ExpertKey, bytes], now: float) -> None:
