@@ -19,7 +19,7 @@ import torch
 
 from experts import kernels
 from experts.link import Link, LinkDown, RowsReply, RowsRequest, RowsStatus
-from experts.liveness import STRAGGLER_FLOOR, HedgeBudget, work_of
+from experts.liveness import STRAGGLER_FLOOR, HedgeBudget, Liveness, work_of
 from experts.on_demand import OnDemandLoader
 from experts.pool import DispatchBatch
 from experts.roster import Member, Roster, Routing
@@ -368,10 +368,14 @@ class WorkerGroup:
             liveness.quarantine(now)
             if self._duplicate(layer, flight) and not flight.hedged:
                 self.counters.resends += 1
-        elif not flight.hedged and waited > liveness.hedge_after(flight.work) and self._budget.take():
+        elif not flight.hedged and waited > liveness.hedge_after(flight.work) and self._may_hedge(liveness):
             flight.hedged = True
             if self._duplicate(layer, flight):
                 self.counters.hedges += 1
+
+    def _may_hedge(self, liveness: Liveness) -> bool:
+        """A worker that has just come is not counted: its deadline is long, and its hedges are few."""
+        return liveness.cold or self._budget.take()
 
     def _duplicate(self, layer: Layer, flight: Flight) -> bool:
         """Send what this flight still owes to replicas that have not been asked. False if there are none.

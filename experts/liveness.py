@@ -15,6 +15,7 @@ HEDGE_FACTOR = 3.0
 # Until a worker has answered so often nothing is known of it, and its first answers may wait for pages of the disk.
 WARM_ANSWERS = 24
 COLD_DEADLINE = 1.0
+COLD_HEDGE = 0.1
 
 # A straggler takes so many times as long as the others for the same work, so many times in a row; below the floor
 # nobody waits long enough to care.
@@ -91,14 +92,24 @@ class Liveness:
         self._well_since = now
         return False
 
+    @property
+    def cold(self) -> bool:
+        """It has answered too seldom for a guess at how long it takes."""
+        return self._answers < WARM_ANSWERS
+
     def deadline(self, work: int) -> float:
         """Seconds after which an answer is late: max(50 ms, 8 x p99 of its recent rates)."""
         known = max(LEAST_DEADLINE, DEADLINE_FACTOR * self._p99 * work)
-        return known if self._answers >= WARM_ANSWERS else max(known, COLD_DEADLINE)
+        return max(known, COLD_DEADLINE) if self.cold else known
 
     def hedge_after(self, work: int) -> float:
-        """Seconds after which another replica may be asked as well; never later than the deadline."""
-        return min(max(LEAST_HEDGE, HEDGE_FACTOR * self._p99 * work), self.deadline(work))
+        """Seconds after which another replica may be asked as well; never later than the deadline.
+
+        While it is cold one slow answer says little, so its best one counts.
+        """
+        rate = min(self._rates, default=0.0) if self.cold else self._p99
+        least = COLD_HEDGE if self.cold else LEAST_HEDGE
+        return min(max(least, HEDGE_FACTOR * rate * work), self.deadline(work))
 
 
 class HedgeBudget:

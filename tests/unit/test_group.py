@@ -283,3 +283,13 @@ def test_a_replica_that_stays_away_is_waited_for_a_second_at_most(fault: str) ->
         _, failed = made.run(batch(8))
         assert failed.any()
         assert made.clock.now - before < 1.5
+
+
+def test_a_worker_that_hangs_right_after_its_start_is_hedged_whatever_the_budget() -> None:
+    with pool(ALL, ALL) as made:
+        made.group._budget.take = lambda: False  # type: ignore[method-assign]
+        made.links["a"].faults.append("late")
+        before = made.clock.now
+        work = batch(8)
+        assert_same_cup(made.run(work), work)
+        assert made.clock.now - before < 0.2

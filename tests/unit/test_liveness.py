@@ -34,6 +34,14 @@ def test_the_first_answers_may_be_slow() -> None:
     assert warmed(0.001, answers=3).deadline(WORK) == liveness.COLD_DEADLINE
 
 
+def test_one_slow_first_answer_does_not_put_off_the_hedge() -> None:
+    worker = Liveness()
+    worker.answered(0.0, 0.8, WORK)  # its pages came from the disk
+    worker.answered(1.0, 0.001, WORK)
+    assert worker.hedge_after(WORK) == liveness.COLD_HEDGE
+    assert worker.hedge_after(1000 * WORK) == pytest.approx(3.0)  # much work may take long all the same
+
+
 @given(st.lists(st.floats(1e-5, 2.0), max_size=80), st.integers(1, 5000))
 def test_a_hedge_never_comes_after_the_deadline(latencies: list[float], work: int) -> None:
     worker = Liveness()
