@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
 import time
@@ -59,10 +60,11 @@ class Reference:
 
 
 class Load:
-    """How far the serving is, for a script that runs beside it."""
+    """How far the serving is, for a script that runs beside it. streams: requests to keep running, at most 8."""
 
-    def __init__(self) -> None:
+    def __init__(self, streams: int) -> None:
         self.steps = 0
+        self.streams = streams
         self._ended = False
         self._changed = threading.Condition()
 
@@ -81,10 +83,10 @@ class Load:
         goal = self.steps + count
         self.wait_until(lambda: self.steps >= goal)
 
-    def wait_until(self, condition: Callable[[], bool]) -> None:
+    def wait_until(self, condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
         """Return when it holds after a step."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._ended or condition(), PATIENCE), "it has not come about"
+            assert self._changed.wait_for(lambda: self._ended or condition(), seconds), "it has not come about"
             assert not self._ended, "the engine has failed"
 
 
@@ -108,13 +110,13 @@ class Served:
 
 def serve(engine: Engine, script: Callable[[Load], None], streams: int = MAX_NUM_SEQS, first: int = 0) -> Served:
     """Keep so many requests running until `script`, in a thread of its own, has ended; then let them finish."""
-    served, load = Served(), Load()
+    served, load = Served(), Load(streams)
     with ThreadPoolExecutor(1) as executor:
         running = executor.submit(script, load)
         try:
             last = time.monotonic()
             while engine.has_work or not running.done():
-                while not running.done() and len(served.submits) - len(served.recorder.finished) < streams:
+                while not running.done() and len(served.submits) - len(served.recorder.finished) < load.streams:
                     served.submits.append(nth_request(first + len(served.submits)))
                     engine.submit(served.submits[-1])
                 served.recorder.record(engine.step())
@@ -177,11 +179,15 @@ def engine_on_pool(
 
 
 class HurtPool(StaticPool):
-    """A static pool of workers that can be told to misbehave, and that are replaced when they are dead."""
+    """A static pool of workers that can be told to misbehave, and that are replaced when they are dead.
+
+    fronts: addresses that the controller gives instead of the workers' own, by name.
+    """
 
     def __init__(self, model: ExpertModel, faults: Path, stack: ExitStack, names: Sequence[str], spares: int) -> None:
         super().__init__(model, FakeController(), {})
         stack.callback(self.controller.stop)
+        self.fronts: dict[str, str] = {}
         self._faults = faults
         self._stack = stack
         started = self._start(*names, *(f"spare-{i}" for i in range(spares)))
@@ -192,6 +198,15 @@ class HurtPool(StaticPool):
         env = {FAULTS_VARIABLE: str(self._faults)}
         return self._stack.enter_context(start_workers(self.model, *names, env=env, main=FAULTY))
 
+    def publish(self, placement: Placement) -> None:
+        told = copy.copy(self)
+        told.workers = {
+            name: replace(worker, address=self.fronts.get(name, worker.address))
+            for name, worker in self.workers.items()
+        }
+        super(HurtPool, told).publish(placement)
+        self.epoch, self.placement = told.epoch, told.placement
+
     def ail(self, name: str, fault: str = "") -> None:
         """Let a worker misbehave, as tests.distributed.faulty_worker says."""
         set_fault(self._faults, self.workers[name].pid, fault)
@@ -200,6 +215,7 @@ class HurtPool(StaticPool):
         """As a cluster does: another process under the same name, which holds nothing."""
         for name, worker in self.workers.items():
             if worker.process.poll() is not None:
+                worker.process.communicate()  # closes its pipes
                 self.workers[name] = self._spares.pop() if self._spares else self._start(name)[0]
 
     def reset(self, placement: Placement) -> None:
