@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from barista.errors import ConfigError
 from barista.trust import Trust
 from experts.attach import Hello, WorkerClient, attach
@@ -15,6 +17,7 @@ from experts.expert_model import ExpertModel
 from experts.group import WorkerGroup
 from experts.link import Link
 from experts.on_demand import OnDemandLoader
+from experts.pool import ExpertPool
 from experts.pool_view import PoolView, PoolWatch, WorkerView
 from experts.roster import Member, Roster
 
@@ -48,17 +51,18 @@ class RemotePool:
         self._config = config
         self._engine_id = secrets.token_hex(8)
         self._trust = config.trust
-        self._tokens: Callable[[], Mapping[int, list[int]]] = dict
         self.roster = Roster(self._attach, {layer: spec.num_experts for layer, spec in model.layers.items()})
         self.loader = OnDemandLoader(self.roster, self._control, expert_bytes.__getitem__)
         self.group = WorkerGroup(self.roster, self.loader)
-        self._watch = PoolWatch(config.controller, config.trust, self._engine_id, self._on_view, lambda: self._tokens())
+        num_experts = max(spec.num_experts for spec in model.layers.values())
+        self.experts = ExpertPool(self.group, max(model.layers) + 1, num_experts)
+        self._reported = torch.zeros_like(self.experts.counted_tokens)
+        self._watch = PoolWatch(config.controller, config.trust, self._engine_id, self.roster.update, self._new_tokens)
         self._closed = threading.Event()
         self._acknowledger = threading.Thread(target=self._acknowledge, name="acknowledge", daemon=True)
 
-    def start(self, tokens: Callable[[], Mapping[int, list[int]]]) -> None:
-        """Begin to watch and attach. tokens: routed to each expert since its last call, by layer."""
-        self._tokens = tokens
+    def start(self) -> None:
+        """Begin to watch and attach."""
         self._watch.start()
         self._acknowledger.start()
 
@@ -67,13 +71,12 @@ class RemotePool:
         coverage, since = -1.0, time.monotonic()
         while self.roster.view is None or self.roster.uncovered():
             view = self.roster.view
+            self._require_our_model(view)
             if view is not None and view.coverage != coverage:
                 coverage, since = view.coverage, time.monotonic()
             if time.monotonic() - since > patience(view):
                 raise ConfigError(view.problem if view and view.problem else "The worker pool makes no progress.")
-            attached = sum(member.up for member in self.roster.members)
-            covered = max(coverage, 0.0)
-            on_progress(0.9 * covered, f"experts on workers ({attached} attached, {covered:.0%} covered)")
+            on_progress(0.9 * max(coverage, 0.0), self._progress(view))
             self.roster.wait_changed(0.2)
 
     def close(self) -> None:
@@ -82,8 +85,25 @@ class RemotePool:
         self._watch.close()
         self.roster.close()
 
-    def _on_view(self, view: PoolView) -> None:
-        self.roster.update(view)
+    def _progress(self, view: PoolView | None) -> str:
+        if view is None:
+            return "the pool's controller does not answer yet"
+        attached = sum(member.up for member in self.roster.members)
+        return f"experts on workers ({attached} attached, {view.coverage:.0%} covered)"
+
+    def _require_our_model(self, view: PoolView | None) -> None:
+        if view is not None and view.model_digest != self._model.digest:
+            raise ConfigError(
+                f"The pool at {self._config.controller} has experts of another checkpoint than {self._model.path}, "
+                f"or in another dtype than {self._model.dtype}.",
+                "Name the model that the pool was made for, in its dtype, or use another pool.",
+            )
+
+    def _new_tokens(self) -> dict[int, list[int]]:
+        """Tokens routed to each expert since the last call, by layer."""
+        now = self.experts.counted_tokens.clone()
+        new, self._reported = now - self._reported, now
+        return {layer: new[layer, : spec.num_experts].tolist() for layer, spec in self._model.layers.items()}
 
     def _acknowledge(self) -> None:
         """Tell the controller which placement is in use: the newest, once no layer runs under an older one."""

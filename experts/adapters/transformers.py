@@ -22,7 +22,7 @@ from barista.errors import BaristaError, ConfigError
 from barista.trust import Trust
 from experts.adapters.transformers_model import drop_experts, expert_model, experts_modules
 from experts.checkpoint import open_checkpoint
-from experts.expert_model import ExpertModel, expert_bytes
+from experts.expert_model import expert_bytes
 from experts.numerics import numerics_id
 from experts.pool import ExpertPool
 from experts.remote import PoolConfig, RemotePool
@@ -170,48 +170,25 @@ def connect(
     )
     remote = RemotePool(experts, expert_bytes(checkpoint, experts), config)
     try:
-        pool = ExpertPool(remote.group, max(experts.layers) + 1, max(s.num_experts for s in experts.layers.values()))
-        remote.start(_token_counts(pool, experts))
-        remote.wait_covered(_watch_for_trouble(remote, experts, controller, time.monotonic() + timeout))
-        return PooledExperts(model, pool, remote)
+        remote.start()
+        remote.wait_covered(_give_up_at(time.monotonic() + timeout, controller))
+        return PooledExperts(model, remote.experts, remote)
     except BaseException:
         remote.close()
         raise
 
 
-def _watch_for_trouble(
-    remote: RemotePool, experts: ExpertModel, controller: str, deadline: float
-) -> Callable[[float, str], None]:
-    """A progress callback that raises ConfigError for what waiting does not mend."""
+def _give_up_at(deadline: float, controller: str) -> Callable[[float, str], None]:
+    """A progress callback that raises ConfigError once `time.monotonic()` passes the deadline."""
 
     def check(_: float, progress: str) -> None:
-        view = remote.roster.view
-        if view is not None and view.model_digest != experts.digest:
-            raise ConfigError(
-                f"The pool at {controller} has experts of another checkpoint than {experts.path}, or in another dtype "
-                f"than {experts.dtype}.",
-                "Load the model from the pool's checkpoint, with the dtype of the pool's rows.",
-            )
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"The pool at {controller} is not ready: {progress if view else 'its controller does not answer'}.",
+                f"The pool at {controller} is not ready: {progress}.",
                 "Is that its address, and the token its own? The log says what each worker answers.",
             )
 
     return check
-
-
-def _token_counts(pool: ExpertPool, experts: ExpertModel) -> Callable[[], dict[int, list[int]]]:
-    """A function that gives the tokens routed to each expert since its last call, by layer."""
-    last = torch.zeros_like(pool.counted_tokens)
-
-    def since_last() -> dict[int, list[int]]:
-        now = pool.counted_tokens.clone()
-        difference = now - last
-        last.copy_(now)
-        return {layer: difference[layer, : spec.num_experts].tolist() for layer, spec in experts.layers.items()}
-
-    return since_last
 
 
 # ---------------------------------------------------------------- a model without its experts

@@ -69,8 +69,8 @@ def load_model(
     experts: ExpertPool | None
     if pool is not None:
         remote = _remote_pool(checkpoint, model_dtype, pool)
-        experts = remote_experts = ExpertPool(remote.group, spec.num_layers, spec.num_experts)
-        remote.start(_token_counts(spec, remote_experts))
+        remote.start()
+        experts = remote.experts
     else:
         experts = _local_pool(spec, checkpoint, model_dtype, report) if spec.num_experts else None
     report(0.9, "trunk")
@@ -94,17 +94,3 @@ def _local_pool(spec: ModelSpec, checkpoint: Checkpoint, model_dtype: torch.dtyp
 def _remote_pool(checkpoint: Checkpoint, model_dtype: torch.dtype, config: PoolConfig) -> RemotePool:
     model = expert_model(checkpoint, str(model_dtype).removeprefix("torch."))
     return RemotePool(model, expert_bytes(checkpoint, model), config)
-
-
-def _token_counts(spec: ModelSpec, experts: ExpertPool) -> Callable[[], dict[int, list[int]]]:
-    """A function that gives the tokens routed to each expert since its last call, by layer."""
-    last = torch.zeros_like(experts.counted_tokens)
-    layers = [index for index, layer in enumerate(spec.layers) if isinstance(layer, MoESpec)]
-
-    def since_last() -> dict[int, list[int]]:
-        now = experts.counted_tokens.clone()
-        difference = now - last
-        last.copy_(now)
-        return {layer: difference[layer].tolist() for layer in layers}
-
-    return since_last
