@@ -102,6 +102,8 @@ class ControllerActor:
                 tasks.create_task(self._end_when_abandoned())
 
     async def _start_workers(self) -> None:
+        if self._pool.members:  # two servers have made the pool at the same moment
+            return
         names = self._pool.add(self._config.workers, time.monotonic())
         self._runner.wake()
         try:

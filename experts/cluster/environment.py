@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from pathlib import Path
 
-_AUTH_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+_TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 def keeper_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a keeper. What the user has set stays, and so does everything if RAY_ADDRESS is set.
+    """The environment for a keeper. What the user has set stays; Ray's token authentication is on otherwise.
 
-    A local cluster has Ray's token authentication on, with a token that only this cluster knows: nothing is written to
-    the home folder. Ray does not kill workers for want of memory, which is counted before experts are loaded.
+    A local cluster has a token that nobody else knows: nothing is written to the home folder. Ray does not kill its
+    workers for want of memory, which is counted before experts are loaded. One that is joined at RAY_ADDRESS is shown
+    the token that this machine has, if it has one: `ray start` asks for it in that case, and ray.init does not send it.
     """
+    has_token = any(environment.get(name) for name in _TOKEN_VARIABLES)
+    defaults: dict[str, str] = {}
     if environment.get("RAY_ADDRESS"):
-        return dict(environment)
-    defaults = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
-    if not any(environment.get(name) for name in _AUTH_VARIABLES):
-        defaults |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        if has_token or _default_token(environment).exists():
+            defaults = {"RAY_AUTH_MODE": "token"}
+    else:
+        defaults = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
+        if not has_token and not environment.get("RAY_AUTH_MODE"):
+            defaults |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     return defaults | dict(environment)
+
+
+def _default_token(environment: Mapping[str, str]) -> Path:
+    return Path(environment.get("HOME", "/")) / ".ray" / "auth_token"

@@ -71,7 +71,9 @@ class Keeper:
         with _cluster(config, namespace):
             self._say(messages.progress(0.5, "starting the controller"))
             controller, is_new = _controller(config, token, namespace)
-            try:
+            with contextlib.ExitStack() as farewell:
+                if is_new:
+                    farewell.callback(_tear_down, controller)
                 address, token, digest, path = ray.get(controller.about.remote())
                 if digest != config.model.digest:
                     raise ConfigError(
@@ -84,9 +86,8 @@ class Keeper:
                     ray.get(controller.start_workers.remote())
                 self._say(messages.ready(address, token, config.pool or ""))
                 self._wait(controller, config)
-            finally:
-                if config.pool is None:
-                    _tear_down(controller)
+                if config.pool is not None:
+                    farewell.pop_all()
 
     def _wait(self, controller: Any, config: PoolConfig) -> None:
         while not self._end.wait(ALIVE_SECONDS):

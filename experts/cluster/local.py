@@ -16,7 +16,7 @@ WORKER_RESOURCE = "barista_worker"
 LOCAL_WORKERS = 64
 OBJECT_STORE_BYTES = 80 << 20  # nothing goes through it; Ray asks for 75 MiB at least
 CONNECT_SECONDS = 5.0
-JOIN_SECONDS = 10.0
+JOIN_SECONDS = 15.0
 
 
 @contextlib.contextmanager
@@ -49,7 +49,8 @@ def joined_cluster(address: str, namespace: str) -> Iterator[None]:
     _require_listener(address, remedy)
     failure = _within(JOIN_SECONDS, lambda: ray.init(address=address, **_quiet(namespace)))
     if failure is not None:
-        raise ConfigError(f"No Ray cluster can be joined at RAY_ADDRESS={address}: {failure}", remedy)
+        tokens = " If it asks for a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to the file of its token."
+        raise ConfigError(f"No Ray cluster can be joined at RAY_ADDRESS={address}: {failure}", remedy + tokens)
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ class PoolConfig:
 
     pool: the name of a pool that outlives its servers; None for a pool of one server. workers: how many. threads: of
     each. worker_memory: bytes of experts in each; None for its share of the node's free memory. expert_bytes: of one
-    expert, by layer.
+    expert, by layer. trace_to, trace_ratio: where workers send traces, if anywhere, and of what share of the steps.
     """
 
     pool: str | None
@@ -26,6 +26,8 @@ class PoolConfig:
     tls_dir: str | None
     model: ExpertModel
     expert_bytes: dict[int, int]
+    trace_to: str | None = None
+    trace_ratio: float = 0.0
 
     def to_json(self) -> str:
         """For from_json in another process."""

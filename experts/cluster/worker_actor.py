@@ -7,6 +7,7 @@ from pathlib import Path
 import ray
 
 from barista.machine import available_memory
+from barista.tracing import WORKER_SERVICE, open_tracer
 from barista.trust import Trust
 from experts.cluster.messages import PoolConfig
 
@@ -45,6 +46,7 @@ class WorkerActor:
                 self._config.threads,
                 capacity_bytes or self._config.worker_memory or self._share_of_memory(),
                 Trust(self._token, Path(self._config.tls_dir) if self._config.tls_dir else None),
+                open_tracer(self._config.trace_to, self._config.trace_ratio, WORKER_SERVICE, self._name),
             )
             self._address = self._server.address
         return self._address, ray.get_runtime_context().get_node_id()

@@ -210,8 +210,13 @@ def test_a_named_pool_needs_a_cluster_that_outlives_its_server(model: ExpertMode
     assert "ray start --head" in answer["remedy"]
 
 
-def test_what_the_user_says_of_ray_stays() -> None:
-    assert keeper_environment({"RAY_ADDRESS": "x"}) == {"RAY_ADDRESS": "x"}
+def test_what_the_user_says_of_ray_stays_and_tokens_are_used(tmp_path: Path) -> None:
+    joining = {"RAY_ADDRESS": "x", "HOME": str(tmp_path)}
+    assert keeper_environment(joining) == joining
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("token")
+    assert keeper_environment(joining)["RAY_AUTH_MODE"] == "token"
+    assert keeper_environment(joining | {"RAY_AUTH_MODE": "disabled"})["RAY_AUTH_MODE"] == "disabled"
     assert keeper_environment({"RAY_AUTH_MODE": "disabled"}).get("RAY_AUTH_TOKEN") is None
     first, second = keeper_environment({}), keeper_environment({})
     assert first["RAY_AUTH_MODE"] == "token"
