@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from experts.attach import WorkerClient
@@ -95,6 +96,7 @@ class Chaos:
         self._pool.ail(name, self._rng.choice((f"nan {self._rng.randrange(8)}", "raise", "not_held")))
         load.wait_steps(self._rng.randrange(10, 60))
         self._pool.ail(name)
+        self._pool.publish(self._pool.placement)  # NOT_HELD is believed until the next epoch
 
     def _dawdle(self, load: Load, name: str) -> None:
         self.done["dawdle"] += 1
@@ -128,8 +130,17 @@ def soak(pool: HurtPool, seconds: float, rng: random.Random, wire: str) -> tuple
     return served, chaos.done
 
 
-def belongings() -> tuple[list[str], int, list[str]]:
-    """Of this process: its threads but for those of the tests' own servers, its open files, its shared memory."""
-    windows = [path.name for path in Path("/dev/shm").glob(f"barista-{os.getpid()}-*")]
-    threads = [thread.name for thread in threading.enumerate() if not thread.name.startswith("ThreadPoolExecutor")]
-    return sorted(threads), len(os.listdir("/proc/self/fd")), windows
+def belongings() -> tuple[Counter[str], Counter[str]]:
+    """Of this process: its threads, but for those of the tests' own servers, and its open files by what they are."""
+    gc.collect()
+    threads = Counter(thread.name for thread in threading.enumerate())
+    files: Counter[str] = Counter()
+    for file in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # of the listing itself
+            files[str(file.readlink()).split(":")[0]] += 1
+    return Counter({name: count for name, count in threads.items() if not name.startswith("ThreadPoolExecutor")}), files
+
+
+def windows() -> list[str]:
+    """The shared memory of this process that still has a name."""
+    return [path.name for path in Path("/dev/shm").glob(f"barista-{os.getpid()}-*")]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -28,7 +27,7 @@ from tests.distributed.engines_on_workers import (
     serve,
 )
 from tests.distributed.proxy import ChaosProxy, proxy_to
-from tests.distributed.soak import WIRES, belongings, soak
+from tests.distributed.soak import WIRES, belongings, soak, windows
 from tests.distributed.static_pool import everything, shared_out
 from tests.distributed.workers import TRUST, RunningWorker, tiny_expert_model
 from tests.engines import Recorder, request
@@ -52,7 +51,7 @@ def reference(model: ExpertModel) -> Reference:
 
 @pytest.fixture(scope="module")
 def processes(model: ExpertModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HurtPool]:
-    with hurt_pool(model, tmp_path_factory.mktemp("faults"), *NAMES, spares=3) as pool:
+    with hurt_pool(model, tmp_path_factory.mktemp("faults"), *NAMES, spares=2) as pool:
         yield pool
 
 
@@ -173,8 +172,7 @@ def behind_proxy(pool: HurtPool, name: str) -> Iterator[ChaosProxy]:
             del pool.fronts[name]
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("how", ["cut", "half_close"])
+@pytest.mark.parametrize(("transport", "how"), [("shm", "cut"), ("grpc", "cut"), ("grpc", "half_close")])
 def test_a_stream_that_ends_is_opened_again(pool: HurtPool, reference: Reference, transport: str, how: str) -> None:
     def scenario() -> Served:
         with behind_proxy(pool, "worker-0") as proxy, engine_on_pool(pool, transport) as on:
@@ -211,8 +209,9 @@ def test_a_stream_in_which_nothing_moves(pool: HurtPool, reference: Reference) -
     survives(reference, WITH_REPLICA, scenario)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("fault", ["nan", "raise", "not_held"])
+@pytest.mark.parametrize(
+    ("transport", "fault"), [("shm", "nan"), ("grpc", "nan"), ("shm", "raise"), ("grpc", "not_held")]
+)
 def test_a_worker_that_answers_wrongly(pool: HurtPool, reference: Reference, transport: str, fault: str) -> None:
     def scenario() -> Served:
         with engine_on_pool(pool, transport) as on:
@@ -255,8 +254,7 @@ def test_a_stale_placement_is_put_right_by_the_next(pool: HurtPool, reference: R
         serve(on.engine, script).assert_same_cup(reference)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("how", ["killed", "stopped"])
+@pytest.mark.parametrize(("transport", "how"), [("shm", "killed"), ("grpc", "stopped")])
 def test_survivors_load_what_was_on_a_lost_worker_alone(
     pool: HurtPool, reference: Reference, transport: str, how: str
 ) -> None:
@@ -340,10 +338,7 @@ def test_a_worker_of_another_make_is_not_used(
     assert f"The router's {what} is" in caplog.text
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_replicas_move_under_load_and_nobody_is_asked_in_vain(
-    pool: HurtPool, reference: Reference, transport: str
-) -> None:
+def test_replicas_move_under_load_and_nobody_is_asked_in_vain(pool: HurtPool, reference: Reference) -> None:
     first = shared_out(pool.model, *NAMES)
     pool.reset(first)
 
@@ -352,7 +347,7 @@ def test_replicas_move_under_load_and_nobody_is_asked_in_vain(
         return {**pool.placement, source: {0: [], 1: []}, target: both}
 
     def scenario() -> Served:
-        with engine_on_pool(pool, transport) as on:
+        with engine_on_pool(pool, "auto") as on:
 
             def script(load: Load) -> None:
                 for source, target in (("worker-0", "worker-1"), ("worker-1", "worker-0"), ("worker-0", "worker-2")):
@@ -373,23 +368,25 @@ def test_replicas_move_under_load_and_nobody_is_asked_in_vain(
     survives(reference, WITH_REPLICA, scenario)
 
 
-def test_nothing_is_lost_and_nothing_left_over_after_faults_of_every_kind(pool: HurtPool, reference: Reference) -> None:
+def test_nothing_is_lost_and_nothing_is_left_over_after_faults_of_every_kind(
+    pool: HurtPool, reference: Reference
+) -> None:
     seed = random.randrange(1 << 32)
     print("seed", seed)
     rng = random.Random(seed)
-    threads = Counter(belongings()[0])
+    threads, _ = belongings()
     with engine_on_pool(pool, "auto") as on:  # with the first streams gRPC opens files for good
         serve(on.engine, lambda load: load.wait_steps(10))
-    files = belongings()[1]
+    _, files = belongings()
     for wire in WIRES:
-        served, faults = soak(pool, 4.0, rng, wire)
+        served, faults = soak(pool, 3.5, rng, wire)
         print(wire, f"{served.longest_gap:.2f} s", len(served.submits), "requests", dict(faults))
         served.assert_same_cup(reference)
     limit = time.monotonic() + 10
     while time.monotonic() < limit:
-        left_threads, left_files, windows = belongings()
-        more_threads, more_files = Counter(left_threads) - threads, left_files - files
-        if not more_threads and more_files <= SPARE_FILES and not windows:
+        left_threads, left_files = belongings()
+        more_threads, more_files = left_threads - threads, left_files - files
+        if not more_threads and more_files.total() <= SPARE_FILES and not windows():
             return
         time.sleep(0.05)
-    pytest.fail(f"left over: {more_threads}, {more_files} files, {windows}")
+    pytest.fail(f"left over: {more_threads}, {more_files}, {windows()}")
