@@ -1,7 +1,7 @@
 """Experts on workers beside experts in the engine, in one run: the wire, tokens a second, and a worker's death.
 
     python -m benchmarks.pool [--model M] [--workers 2] [--threads 1] [--sequences 1,16] [--transport shm|grpc]
-                              [--tokens 64] [--rounds 3] [--fault] [--json]
+                              [--tls-dir DIR] [--tokens 64] [--rounds 3] [--fault] [--json]
 
 The workers are started with Ray, in a cluster of this run alone or the one at RAY_ADDRESS, which `ray job submit` sets.
 
@@ -79,6 +79,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--transport", choices=("shm", "grpc"), default="shm", help="grpc: where workers are on other hosts"
     )
+    parser.add_argument("--tls-dir", type=Path, help="needed where workers are on other hosts")
     parser.add_argument("--tokens", type=_positive, default=64)
     parser.add_argument("--rounds", type=_positive, default=3)
     parser.add_argument("--fault", action="store_true")

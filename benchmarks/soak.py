@@ -194,7 +194,7 @@ async def watch(server: psutil.Process, over: Callable[[], bool], record: Record
 
 
 async def expect(server: Served, streams: int, record: Record) -> None:
-    """Ask for every answer of a server that nothing happens to."""
+    """Ask for every answer while nothing happens to the server."""
     clients = Clients(server.url, server.model, record)
     await clients.ask_all(streams)
     await clients.close()
@@ -204,9 +204,9 @@ async def soak(server: Served, args: argparse.Namespace, record: Record) -> list
     """All clients until the minutes, and the faults, are over. Returns what is wrong with the pool."""
     seconds = args.minutes * 60
     faults = Faults(server.url, args.workers, random.Random(args.seed))
-    clients = Clients(server.url, server.model, record, lambda: faults.current)
-    await clients.ask_all(args.streams)
+    await expect(server, args.streams, record)
     before = belongings(server.process, await faults.whole()) if args.workers else {}
+    clients = Clients(server.url, server.model, record, lambda: faults.current)
     script = asyncio.create_task(faults.run(args.faults, seconds) if args.workers else asyncio.sleep(seconds))
     await asyncio.gather(
         watch(server.process, script.done, record),

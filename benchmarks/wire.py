@@ -19,7 +19,6 @@ from experts.expert_model import ExpertModel, expert_bytes
 from experts.expert_weights import ExpertReader
 from experts.formats import held_dtype
 from experts.numerics import numerics_id
-from experts.pool import ExpertPool
 from experts.remote import PoolConfig, RemotePool
 from router.messages import PoolAddress
 from router.model.expert_model import expert_model
@@ -74,7 +73,7 @@ def attached(model: ExpertModel, address: PoolAddress) -> Iterator[RemotePool]:
     )
     remote = RemotePool(model, expert_bytes(open_checkpoint(model.path), model), config)
     try:
-        remote.start(dict)
+        remote.start()
         remote.wait_covered(lambda fraction, message: None)
         while not all(member.up for member in remote.roster.members):
             remote.roster.wait_changed(0.1)
@@ -83,16 +82,15 @@ def attached(model: ExpertModel, address: PoolAddress) -> Iterator[RemotePool]:
         remote.close()
 
 
-def time_wire(remote: RemotePool, model: ExpertModel, rows: Rows, steps: int) -> WireTimes:
+def time_wire(remote: RemotePool, rows: Rows, steps: int) -> WireTimes:
     """`steps` decode steps of one token, layer by layer, through the call that the engine's trunk makes."""
-    experts = ExpertPool(remote.group, max(model.layers) + 1, max(s.num_experts for s in model.layers.values()))
     times = WireTimes()
     for step in range(steps):
         for layer, topk_ids in rows.topk_ids.items():
             _work_on_trunk()
             before = [member.compute_seconds for member in remote.roster.members]
             started = time.perf_counter()
-            _, failed = experts.begin(step, layer, rows.hidden_states, topk_ids, rows.topk_weights).wait()
+            _, failed = remote.experts.begin(step, layer, rows.hidden_states, topk_ids, rows.topk_weights).wait()
             times.call.append(time.perf_counter() - started)
             after = [member.compute_seconds for member in remote.roster.members]
             times.compute.append(max(b - a for a, b in zip(before, after, strict=True)))
@@ -135,8 +133,8 @@ def measure_wires(path: Path, addresses: Sequence[PoolAddress], rounds: int, cal
         here.append(local.time(rows, steps))
         for address in addresses:
             with attached(model, address) as remote:
-                time_wire(remote, model, rows, max(2, steps // 4))
-                wires[address.transport].append(time_wire(remote, model, rows, steps))
+                time_wire(remote, rows, max(2, steps // 4))
+                wires[address.transport].append(time_wire(remote, rows, steps))
     for transport, times in wires.items():
         yield wire_row(transport, times, here)
 
