@@ -24,6 +24,7 @@ OTHER_VARIABLES = frozenset({"BARISTA_CACHE", "BARISTA_CONFIG", "BARISTA_API_KEY
 POOL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")  # it becomes part of the names of Ray actors
 # Settings of the workers, which say nothing while the experts are in the engine.
 OF_THE_POOL = ("redundancy", "worker_threads", "worker_memory", "transport", "tls_dir")
+TRACE_RATIO = 0.01
 KINDS = {int: "an integer", float: "a number", str: "a string", Path: "a path"}
 
 
@@ -78,6 +79,14 @@ class ServeConfig:
     max_waiting_requests: int = option(256, "Sequences that may wait; more are answered 503.", minimum=0)
     max_waiting_tokens: int = option(262_144, "Prompt tokens that may wait; more are answered 503.", minimum=0)
     drain_timeout: float = option(30.0, "How long SIGTERM lets open streams finish.", minimum=0)
+    trace_to: str | None = option(
+        None,
+        "Where OpenTelemetry traces go: an OTLP/HTTP endpoint such as http://127.0.0.1:4318, or a file of JSON lines.",
+        shown="no traces",
+    )
+    trace_ratio: float = option(
+        TRACE_RATIO, "Share of the steps that is traced, 0 to 1; requests always are.", minimum=0
+    )
     log_level: str = option("info", "Least severe log line to show.", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
@@ -96,6 +105,7 @@ class ServeConfig:
                 "Lower --max-num-seqs or raise --max-num-batched-tokens.",
             )
         self._check_pool()
+        self._check_traces()
 
     @property
     def has_pool(self) -> bool:
@@ -114,6 +124,15 @@ class ServeConfig:
                     f"{entry.name} is {value}, but there are no workers: the experts are in the engine.",
                     f"Give --workers N or --pool NAME with it, or leave {entry.name} out.",
                 )
+
+    def _check_traces(self) -> None:
+        if self.trace_ratio > 1:
+            raise ConfigError(f"trace_ratio is {self.trace_ratio}, which is more than all.", "Give 0 to 1.")
+        if self.trace_to is None and self.trace_ratio != TRACE_RATIO:
+            raise ConfigError(
+                f"trace_ratio is {self.trace_ratio}, but there are no traces.",
+                "Give --trace-to with it, or leave trace_ratio out.",
+            )
 
 
 TYPES: Mapping[str, Any] = get_type_hints(ServeConfig)

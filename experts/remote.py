@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,9 @@ from experts.pool import ExpertPool
 from experts.pool_view import PoolView, PoolWatch, WorkerView
 from experts.roster import Member, Roster
 
+if TYPE_CHECKING:
+    from barista.tracer import Tracer
+
 ACKNOWLEDGE_SECONDS = 0.02
 # How long the start waits for a pool that says that it cannot cover all experts, and for one that only stands still.
 PROBLEM_SECONDS = 5.0
@@ -31,25 +35,29 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolConfig:
-    """controller: host:port. transport: auto, shm or grpc. max_rows: rows of one step at most."""
+    """controller: host:port. transport: auto, shm or grpc. max_rows: rows of one step at most.
+
+    tracer: None without traces.
+    """
 
     controller: str
     trust: Trust
     transport: str
     numerics_id: str
     max_rows: int
+    tracer: Tracer | None = None
 
 
 class RemotePool:
     """Attached to every worker of a pool for as long as it is open.
 
-    expert_bytes: of one expert, by layer.
+    expert_bytes: of one expert, by layer. engine_id: how this engine calls itself towards workers and controller.
     """
 
     def __init__(self, model: ExpertModel, expert_bytes: Mapping[int, int], config: PoolConfig) -> None:
         self._model = model
         self._config = config
-        self._engine_id = secrets.token_hex(8)
+        self.engine_id = secrets.token_hex(8)
         self._trust = config.trust
         self.roster = Roster(self._attach, {layer: spec.num_experts for layer, spec in model.layers.items()})
         self.loader = OnDemandLoader(self.roster, self._control, expert_bytes.__getitem__)
@@ -57,7 +65,7 @@ class RemotePool:
         num_experts = max(spec.num_experts for spec in model.layers.values())
         self.experts = ExpertPool(self.group, max(model.layers) + 1, num_experts)
         self._reported = torch.zeros_like(self.experts.counted_tokens)
-        self._watch = PoolWatch(config.controller, config.trust, self._engine_id, self.roster.update, self._new_tokens)
+        self._watch = PoolWatch(config.controller, config.trust, self.engine_id, self.roster.update, self._new_tokens)
         self._closed = threading.Event()
         self._acknowledger = threading.Thread(target=self._acknowledge, name="acknowledge", daemon=True)
 
@@ -116,12 +124,17 @@ class RemotePool:
 
     def _attach(self, worker: WorkerView) -> Link:
         hello = Hello(
-            engine_id=self._engine_id,
+            engine_id=self.engine_id,
             model=self._model,
             numerics_id=self._config.numerics_id,
             max_rows=self._config.max_rows,
         )
-        return attach(worker.address, hello, self._trust, transport=self._config.transport)
+        link = attach(worker.address, hello, self._trust, transport=self._config.transport)
+        if self._config.tracer is None:
+            return link
+        from experts.transport.traced import TracedLink  # imported here, because most engines do without
+
+        return TracedLink(link, self._config.tracer, self.engine_id, worker.name)
 
     def _control(self, member: Member) -> WorkerClient:
         return WorkerClient(member.view.address, self._trust)

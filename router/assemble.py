@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 
 from barista.config import ServeConfig
+from barista.tracing import check_target
 from router.announce import Announcement
 from router.api.app import create_app
 from router.api.settings import ApiSettings
@@ -14,7 +15,7 @@ from router.engine_process import EngineProcess
 from router.keys import Keys
 from router.messages import EngineConfig
 from router.models import BUILT_IN, existing_path
-from router.pool_order import pool_process, worker_threads
+from router.pool_order import pool_process, trace_target, worker_threads
 from router.server import Server
 from router.tokenizer import Tokenizer
 
@@ -25,8 +26,10 @@ def assemble(config: ServeConfig, path: Path, keys: Keys, url: str) -> tuple[Ser
     """A server of the model at `path` that is not running yet, and what to print once it is ready.
 
     url: where it will be reached. Raises CheckpointError for the tokenizer, the chat template or the experts' tensors,
-    ConfigError for workers of a dense model.
+    ConfigError for workers of a dense model, or when traces cannot go where they shall.
     """
+    if config.trace_to is not None:
+        check_target(config.trace_to)
     tokenizer = Tokenizer.from_checkpoint(path)
     chat_template = chat_template_of(tokenizer)
     engine = EngineProcess(engine_config(config, path, tokenizer.eos_token_ids))
@@ -96,4 +99,6 @@ def engine_config(config: ServeConfig, path: Path, eos_token_ids: tuple[int, ...
         kv_cache_tokens=config.kv_cache_tokens,
         kv_cache_bytes=config.kv_cache_bytes,
         block_size=config.block_size,
+        trace_to=trace_target(config),
+        trace_ratio=config.trace_ratio,
     )

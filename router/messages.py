@@ -50,6 +50,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     path: a checkpoint's directory or GGUF file. format: auto (as stored), float32 or bf16. lengths in tokens.
     eos_token_ids: what ends a sequence; the tokenizer, which the engine does not have, knows them.
+    trace_to, trace_ratio: where traces go, if anywhere, and the share of the steps that is traced.
     """
 
     path: str
@@ -63,6 +64,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int | None = None
     block_size: int = 16
     pool: PoolAddress | None = None
+    trace_to: str | None = None
+    trace_ratio: float = 0.0
 
 
 # ---------------------------------------------------------------- API -> engine

@@ -39,9 +39,18 @@ def pool_order(config: ServeConfig, path: Path) -> PoolConfig:
         tls_dir=None if config.tls_dir is None else str(config.tls_dir.resolve()),
         model=model,
         expert_bytes=expert_bytes(checkpoint, model),
+        trace_to=trace_target(config),
+        trace_ratio=config.trace_ratio,
     )
 
 
 def worker_threads(config: ServeConfig) -> int:
     """Threads of each worker: as told, or its share of this machine's cores."""
     return config.worker_threads or max(1, usable_cores() // max(1, config.workers))
+
+
+def trace_target(config: ServeConfig) -> str | None:
+    """Where traces go; a file by its whole path, because workers run in other folders."""
+    if config.trace_to is None or "://" in config.trace_to:
+        return config.trace_to
+    return str(Path(config.trace_to).resolve())

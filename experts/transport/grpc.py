@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 from barista.trust import MAX_MESSAGE_BYTES, Trust
 from barista.v1.experts_pb2 import Dispatch, ExchangeReply, ExchangeRequest, Rows
 from experts.link import LinkCounters, LinkDown, RowsReply, RowsRequest, RowsStatus
-from experts.transport.shm import Compute, Computed
+from experts.transport.shm import Compute, Computed, Observe
 
 log = logging.getLogger(__name__)
 
@@ -143,15 +143,18 @@ def _bytes_at(address: int, size: int) -> Any:
 class RowsServer:
     """The worker's end: answers the dispatches of one stream, one after the other.
 
-    hidden_size, top_k, dtype: of the rows, as agreed at attach.
+    hidden_size, top_k, dtype: of the rows, as agreed at attach. observe: told of each computation.
     """
 
-    def __init__(self, hidden_size: int, top_k: int, dtype: torch.dtype, compute: Compute) -> None:
+    def __init__(
+        self, hidden_size: int, top_k: int, dtype: torch.dtype, compute: Compute, observe: Observe | None = None
+    ) -> None:
         self._hidden_size = hidden_size
         self._top_k = top_k
         self._dtype = dtype
         self._row_bytes = hidden_size * dtype.itemsize
         self._compute = compute
+        self._observe = observe
         self._out = np.empty(0, np.uint8)
 
     def answer(self, message: bytes) -> bytes:
@@ -166,7 +169,8 @@ class RowsServer:
         if num_rows == 0:
             raise MalformedMessage("a dispatch without rows")
         ids = np.frombuffer(bytearray(dispatch.topk_ids), np.int32).reshape(num_rows, self._top_k)
-        size = int(np.count_nonzero(ids != -1)) * self._row_bytes
+        num_pairs = int(np.count_nonzero(ids != -1))
+        size = num_pairs * self._row_bytes
         if size > MAX_MESSAGE_BYTES - _HEADER_BYTES:
             raise MalformedMessage(f"the answer of {size} bytes would be too long")
         if size > self._out.nbytes:
@@ -182,6 +186,8 @@ class RowsServer:
             not_held=computed.not_held,
             compute_nanoseconds=time.perf_counter_ns() - started,
         )
+        if self._observe is not None:
+            self._observe(header.step, header.layer, header.attempt, num_pairs, header.compute_nanoseconds)
         return join(header, [self._out[:size].data] if computed.status is RowsStatus.OK else [])
 
     def _run(self, layer: int, rows: memoryview, topk_ids: torch.Tensor, size: int) -> Computed:

@@ -161,12 +161,15 @@ class Computed(Protocol):
     def not_held(self) -> tuple[int, ...]: ...
 
 
+# Told of each computation, once it has been answered where that can be: (step, layer, attempt, num_pairs, nanoseconds).
+Observe = Callable[[int, int, int, int, int], None]
+
 # (layer, hidden_states [n, hidden], topk_ids [n, k] int32, out [num_pairs, hidden]) -> Computed. `out` is to be filled,
 # in order of (row, place in the top-k), unless the status is another than OK. All three lie in the window.
 Compute = Callable[[int, Tensor, Tensor, Tensor], Computed]
 
 
-def serve_window(window: Window, compute: Compute) -> None:
+def serve_window(window: Window, compute: Compute, observe: Observe | None = None) -> None:
     """The worker's end: answer request after request, in this thread, until the window is closed.
 
     A computation that raises is logged and answered with FAILED. What contradicts the window's shape closes it.
@@ -185,6 +188,8 @@ def serve_window(window: Window, compute: Compute) -> None:
         combine.step, combine.layer, combine.attempt = dispatch.step, dispatch.layer, dispatch.attempt
         _compute(window, dispatch, combine, compute)
         answer(window.end, number, combine_at)
+        if observe is not None:
+            observe(dispatch.step, dispatch.layer, dispatch.attempt, dispatch.num_pairs, combine.compute_nanoseconds)
         number = (number + 1) % _NUMBERS
 
 

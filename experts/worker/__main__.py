@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 from barista.errors import BaristaError
+from barista.tracing import WORKER_SERVICE, open_tracer
 from barista.trust import TOKEN_VARIABLE, Trust
 from experts.expert_model import ExpertModel
 from experts.worker.server import WorkerServer
@@ -45,6 +46,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--capacity", type=int, required=True, help="bytes of expert weights")
     parser.add_argument("--tls-dir", type=Path)
+    parser.add_argument("--trace-to", help="OTLP/HTTP endpoint or file of OpenTelemetry traces")
+    parser.add_argument("--trace-ratio", type=float, default=1.0, help="share of the steps to trace")
     parser.add_argument("--until-eof", action="store_true", help="end when the standard input does")
     return parser.parse_args()
 
@@ -58,6 +61,7 @@ def _serve(options: argparse.Namespace) -> WorkerServer:
         options.threads,
         options.capacity,
         Trust(os.environ.get(TOKEN_VARIABLE, ""), options.tls_dir),
+        open_tracer(options.trace_to, options.trace_ratio, WORKER_SERVICE, options.name),
     )
 
 

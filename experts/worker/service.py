@@ -7,7 +7,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 import torch
@@ -18,9 +18,12 @@ from barista.v1 import experts_pb2 as pb
 from experts.link import RowsStatus
 from experts.numerics import numerics_id
 from experts.transport.grpc import MalformedMessage, RowsServer
-from experts.transport.shm import serve_window
+from experts.transport.shm import Observe, serve_window
 from experts.transport.window import Window, WindowRefused, open_window
 from experts.worker.store import Computed, ExpertStore, Fenced, Held, NoRoom
+
+if TYPE_CHECKING:
+    from barista.tracer import Tracer
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +32,15 @@ MAX_ENGINES = 32  # each occupies a thread; the server has twice as many
 
 
 class ExpertsService:
-    """One worker's answers. on_drain: told whether the worker drains from now on."""
+    """One worker's answers. on_drain: told whether the worker drains from now on. tracer: None without traces."""
 
-    def __init__(self, store: ExpertStore, name: str, on_drain: Callable[[bool], None]) -> None:
+    def __init__(
+        self, store: ExpertStore, name: str, on_drain: Callable[[bool], None], tracer: Tracer | None = None
+    ) -> None:
         self._store = store
         self._name = name
         self._on_drain = on_drain
+        self._tracer = tracer
         self._incarnation = uuid.uuid4().hex
         self._numerics_id = numerics_id(store.dtype)
         self._draining = False
@@ -150,11 +156,20 @@ class ExpertsService:
                 window_accepted=window is not None, window_refusal=window_refusal, epoch=self._store.epoch
             )
         ).SerializeToString()
+        observe = self._observer(attach.engine_id)
         if window is None:
-            rows = RowsServer(attach.hidden_size, attach.top_k, self._store.dtype, self._compute)
+            rows = RowsServer(attach.hidden_size, attach.top_k, self._store.dtype, self._compute, observe)
             yield from map(rows.answer, requests)
         else:
-            _serve_window(window, self._compute, context)
+            _serve_window(window, self._compute, context, observe)
+
+    def _observer(self, engine_id: str) -> Observe | None:
+        """What records the computations of one stream of an engine."""
+        if self._tracer is None:
+            return None
+        from experts.transport.traced import compute_observer  # imported here, because most workers do without
+
+        return compute_observer(self._tracer, engine_id, self._name)
 
     def _refusal(self, attach: pb.Attach) -> str:
         """Why this engine cannot be served, and what would help; empty if it can."""
@@ -196,12 +211,12 @@ class ExpertsService:
                 self._dispatches += 1
 
 
-def _serve_window(window: Window, compute: Any, context: grpc.ServicerContext) -> None:
+def _serve_window(window: Window, compute: Any, context: grpc.ServicerContext, observe: Observe | None) -> None:
     """Serve until the stream ends, in whatever way, or the engine closes the window."""
     if not context.add_callback(window.close):
         window.close()
     try:
-        serve_window(window, compute)
+        serve_window(window, compute, observe)
     finally:
         window.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,9 @@ from router.request import Sequence, Status
 from router.sampler import Drawn, sample
 from router.scheduler import ScheduledChunk, Scheduler, StepPlan
 
+if TYPE_CHECKING:
+    from router.engine.traces import EngineTraces
+
 log = logging.getLogger(__name__)
 
 NONFINITE = "The model gave values that are not finite for this request."
@@ -29,11 +33,13 @@ class Engine:
     """Call submit and abort at any time between steps, and step while has_work.
 
     A request that cannot run, or whose rows fail, ends with a Failed event; no other is disturbed.
+    traces: None while none are wanted.
     """
 
-    def __init__(self, model: Model, scheduler: Scheduler) -> None:
+    def __init__(self, model: Model, scheduler: Scheduler, traces: EngineTraces | None = None) -> None:
         self._model = model
         self._scheduler = scheduler
+        self._traces = traces
         pool = scheduler.pool
         self._block_size = pool.block_size
         self._cache = allocate_cache(model.spec, pool.num_blocks, pool.block_size, model.dtype)
@@ -50,6 +56,8 @@ class Engine:
 
     def submit(self, request: Submit) -> None:
         """Queue a request. What cannot run is reported by the next step."""
+        if self._traces is not None:
+            self._traces.submitted(request.request_id, len(request.prompt_token_ids))
         sequence = Sequence(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
@@ -66,11 +74,13 @@ class Engine:
         """Forget these requests and free their blocks now."""
         for request_id in request_ids:
             self._scheduler.abort(request_id)
+        if self._traces is not None:
+            self._traces.aborted(request_ids)
 
     @torch.inference_mode()
     def step(self) -> StepEvents:
         """Compute one step and report what it produced."""
-        started = time.perf_counter()
+        started, step = time.perf_counter(), self._steps
         plan = self._scheduler.schedule()
         tokens: tuple[Token, ...] = ()
         if plan.chunks:
@@ -79,7 +89,10 @@ class Engine:
             self._step_seconds += time.perf_counter() - started
             self._iteration_tokens += plan.num_tokens
         failed, self._failed = tuple(self._failed), []
-        return StepEvents(tokens, failed)
+        events = StepEvents(tokens, failed)
+        if self._traces is not None:
+            self._traces.stepped(step, time.perf_counter() - started, plan, events)
+        return events
 
     def stats(self) -> Stats:
         """Counters and gauges of now."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import secrets
 import socket
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from barista.errors import BaristaError, ConfigError
 from barista.machine import available_memory
+from barista.tracing import ENGINE_SERVICE, open_tracer
 from barista.trust import Trust
 from experts import kernels
 from experts.checkpoint import open_checkpoint
@@ -36,8 +39,12 @@ from router.messages import (
     decode_config,
     encode,
 )
-from router.model.load import load_model
+from router.model.load import Model, load_model
 from router.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from barista.tracer import Tracer
+    from router.engine.traces import EngineTraces
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +55,7 @@ def serve(sock: socket.socket) -> None:
     if first is None:
         return
     try:
-        engine, ready = _start(decode_config(first), sock)
+        engine, ready, traces = _start(decode_config(first), sock)
     except BaristaError as error:
         _send(sock, Fatal(error.message, error.remedy))
         return
@@ -57,7 +64,7 @@ def serve(sock: socket.socket) -> None:
         return
     _send(sock, ready)
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-    threading.Thread(target=_read_commands, args=(sock, commands), daemon=True).start()
+    threading.Thread(target=_read_commands, args=(sock, commands, traces), daemon=True).start()
     while True:
         _apply_all(engine, commands, sock)
         events = engine.step()
@@ -65,7 +72,8 @@ def serve(sock: socket.socket) -> None:
             _send(sock, events)
 
 
-def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready]:
+def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready, EngineTraces | None]:
+    tracer = open_tracer(config.trace_to, config.trace_ratio, ENGINE_SERVICE, str(os.getpid()))
     kernels.set_num_threads(config.threads)
     torch.set_num_threads(config.threads)
     checkpoint = open_checkpoint(Path(config.path))
@@ -75,7 +83,7 @@ def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready]:
         dtype,
         config.max_model_len,
         lambda fraction, message: _send(sock, Loading(fraction, message)),
-        pool=_pool_config(config, dtype),
+        pool=_pool_config(config, dtype, tracer),
     )
     free = available_memory()
     blocks = kv_blocks(model, config.block_size, config.kv_cache_tokens, config.kv_cache_bytes, free)
@@ -92,10 +100,11 @@ def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready]:
         max_model_len=min(model.trunk.max_len, blocks * config.block_size),
         eos_token_ids=config.eos_token_ids,
     )
-    return Engine(model, scheduler), Ready(model_info(model, scheduler, numerics_id(model.dtype)))
+    traces = _engine_traces(tracer, model)
+    return Engine(model, scheduler, traces), Ready(model_info(model, scheduler, numerics_id(model.dtype))), traces
 
 
-def _pool_config(config: EngineConfig, dtype: torch.dtype) -> PoolConfig | None:
+def _pool_config(config: EngineConfig, dtype: torch.dtype, tracer: Tracer | None) -> PoolConfig | None:
     if config.pool is None:
         return None
     tls_dir = config.pool.tls_dir
@@ -105,16 +114,28 @@ def _pool_config(config: EngineConfig, dtype: torch.dtype) -> PoolConfig | None:
         transport=config.pool.transport,
         numerics_id=numerics_id(dtype),
         max_rows=config.max_num_batched_tokens,
+        tracer=tracer,
     )
 
 
-def _read_commands(sock: socket.socket, commands: queue.SimpleQueue[Command]) -> None:
+def _engine_traces(tracer: Tracer | None, model: Model) -> EngineTraces | None:
+    """The engine's own spans, under the id by which the workers know it."""
+    if tracer is None:
+        return None
+    from router.engine.traces import EngineTraces  # imported here, because most engines do without
+
+    return EngineTraces(tracer, secrets.token_hex(8) if model.remote is None else model.remote.engine_id)
+
+
+def _read_commands(sock: socket.socket, commands: queue.SimpleQueue[Command], traces: EngineTraces | None) -> None:
     try:
         while (payload := read_frame(sock)) is not None:
             commands.put(decode_command(payload))
     except Exception:
         log.exception("The API sent what the engine does not understand.")
         os._exit(1)
+    if traces is not None:
+        traces.flush()
     os._exit(0)  # The API has gone, however it went. Nothing here outlives it, and a step may be under way.
 
 

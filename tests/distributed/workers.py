@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,12 @@ class RunningWorker:
     address: str
     pid: int
     name: str
+
+    def end(self) -> None:
+        """Let it end in order, and wait until it has gone."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
     def kill(self) -> None:
         """SIGKILL, and wait until it has gone."""
@@ -92,8 +98,9 @@ def start_workers(
     env: Mapping[str, str] | None = None,
     main: str = "experts.worker",
     tls_dir: Path | None = None,
+    flags: Sequence[str] = (),
 ) -> Iterator[list[RunningWorker]]:
-    """Several, started side by side: most of their start is importing torch."""
+    """Several, started side by side: most of their start is importing torch. flags: more of the worker's own."""
     kernels.load()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -102,6 +109,7 @@ def start_workers(
         command = [sys.executable, "-m", main, "--model", str(folder / "model.json"), "--until-eof"]
         command += ["--capacity", str(capacity), "--threads", str(threads)]
         command += [] if tls_dir is None else ["--tls-dir", str(tls_dir)]
+        command += flags
         own = {TOKEN_VARIABLE: TOKEN, "BARISTA_CACHE": str(folder), "PYTHONPATH": str(ROOT)}
         processes = [
             stack.enter_context(_process([*command, "--name", name], os.environ | own | dict(env or {})))
