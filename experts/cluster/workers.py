@@ -46,6 +46,7 @@ class RayWorkers:
         self._token = token
         self._namespace = namespace
         self._host = host
+        self._group_prefix = f"{namespace}/"  # a group is named after all of its workers
 
     def found(self) -> list[str]:
         """Workers that an earlier controller of this pool has made."""
@@ -84,7 +85,7 @@ class RayWorkers:
         has_gpus = ray.cluster_resources().get("GPU", 0) >= len(names)
         bundle = {"CPU": CPUS, WORKER_RESOURCE: 1.0} | ({"GPU": 1.0} if has_gpus else {})
         room = _room(bundle)
-        group_name = f"{self._namespace}-{names[0]}"
+        group_name = self._group_prefix + ",".join(names)
         group = placement_group([bundle] * len(names), strategy="SPREAD", name=group_name, lifetime="detached")
         try:
             ray.get(group.ready(), timeout=PLACE_SECONDS)
@@ -134,11 +135,9 @@ class RayWorkers:
         left = set(self.found()) - {name}
         for table in placement_group_table().values():
             group_name = table["name"]
-            # A group is named after its first worker; it goes with the last one.
-            if table["state"] != "REMOVED" and group_name.startswith(f"{self._namespace}-worker-"):
-                first = int(group_name.rpartition("-")[2])
-                members = {f"worker-{first + index}" for index in range(len(table["bundles"]))}
-                if not members & left:
+            if group_name.startswith(self._group_prefix) and table["state"] != "REMOVED":
+                members = group_name.removeprefix(self._group_prefix).split(",")
+                if left.isdisjoint(members):
                     with contextlib.suppress(ValueError):
                         remove_placement_group(get_placement_group(group_name))
 

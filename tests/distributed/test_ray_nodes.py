@@ -33,7 +33,7 @@ def test_workers_are_spread_over_the_nodes_with_a_gpu_each(tmp_path: Path) -> No
     )
     assert ran.returncode == 0, ran.stderr[-4000:]
     seen = json.loads(ran.stdout.splitlines()[-1])
-    assert seen["found"] == [f"worker-{number}" for number in range(NODES)]
+    assert seen["found"] == [f"worker-{2 * number}" for number in range(NODES)]
     assert len(set(seen["nodes"])) == NODES
     assert seen["gpus_used"] == NODES
     assert sorted(seen["domains"]) == [f"zone-{number}" for number in range(NODES)]
@@ -88,7 +88,7 @@ def simulate(model_file: Path) -> dict[str, Any]:
 
 async def _place(ray: Any, placing: Any, pool: Any) -> dict[str, Any]:
     seen: dict[str, Any] = {}
-    names = [f"worker-{number}" for number in range(NODES)]
+    names = [f"worker-{2 * number}" for number in range(NODES)]
 
     def gpus_used() -> float:
         return float(ray.cluster_resources()["GPU"] - ray.available_resources().get("GPU", 0))

@@ -287,6 +287,7 @@ def test_what_an_engine_had_loaded_is_taken_into_the_placement() -> None:
     world.workers["worker-1"].held[lost] = digest(lost)
     world.describe("worker-1")
     assert world.pool.placement.replicas[lost] == ("worker-1",)
+    assert "worker-1" in world.pool.target[lost]
 
 
 def test_an_old_description_does_not_undo_what_was_loaded_since() -> None:
