@@ -31,8 +31,8 @@ class Member:
     """One worker. index: its number in routing tables, kept for as long as the engine runs.
 
     extra: experts that it loaded at our demand, until the controller knows. not_held: experts that it denied, until the
-    next epoch. retry_seconds, retry_at, complaint: how long to wait after an attempt to attach that failed, until when,
-    and why it failed.
+    next epoch. incarnation: of the process at the link's other end. retry_seconds, retry_at, complaint: how long to
+    wait after an attempt to attach that failed, until when, and why it failed.
     """
 
     index: int
@@ -41,6 +41,7 @@ class Member:
     liveness: Liveness = field(default_factory=Liveness)
     extra: set[ExpertKey] = field(default_factory=set)
     not_held: set[ExpertKey] = field(default_factory=set)
+    incarnation: str = ""
     attaching: bool = False
     retry_seconds: float = FIRST_RETRY_SECONDS
     retry_at: float = 0.0
@@ -262,7 +263,9 @@ class Roster:
                 reachable = {worker.name for worker in self._view.workers} if self._view else set()
             now = self._clock()
             for member in self.members:
-                if member.name in reachable and not member.up and not member.attaching and now >= member.retry_at:
+                # A host that vanished leaves its link up, and its worker may come back elsewhere before that shows.
+                away = not member.up or member.incarnation != member.view.incarnation
+                if away and member.name in reachable and not member.attaching and now >= member.retry_at:
                     member.attaching = True
                     threading.Thread(target=self._attach_one, args=(member,), daemon=True).start()
 
@@ -271,20 +274,22 @@ class Roster:
         try:
             link = self._attach(view)
         except LinkDown as error:
-            if str(error) != member.complaint:
-                log.warning("%s at %s cannot be attached: %s", view.name, view.address, error)
-            member.complaint = str(error)
+            complaint = str(error)  # the error itself would keep the window alive for as long as its record in a log
+            if complaint != member.complaint:
+                log.warning("%s at %s cannot be attached: %s", view.name, view.address, complaint)
+            member.complaint = complaint
             if member.view is view:
                 member.retry_at = self._clock() + member.retry_seconds
                 member.retry_seconds = min(2 * member.retry_seconds, LONGEST_RETRY_SECONDS)
         else:
             log.info("%s at %s is attached (%s).", view.name, view.address, link.transport)
             member.complaint, member.retry_seconds = "", FIRST_RETRY_SECONDS
-            old, member.link = member.link, link
+            old, member.link, member.incarnation = member.link, link, view.incarnation
             if old is not None:
                 old.close()
             member.liveness = Liveness()
-        member.attaching = False
+        finally:
+            member.attaching = False
         with self._lock:
             closed = self._closed
             self._change()

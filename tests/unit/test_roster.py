@@ -59,6 +59,7 @@ def test_a_worker_that_stays_away_is_asked_less_and_less_often_and_mentioned_onc
         finally:
             roster.close()
     assert len(caplog.records) == 1
+    assert all(type(value) is str for value in caplog.records[0].args or ())  # an error would keep its frames alive
 
 
 def test_a_worker_that_comes_back_elsewhere_is_attached_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,5 +74,42 @@ def test_a_worker_that_comes_back_elsewhere_is_attached_at_once(monkeypatch: pyt
         roster.update(replace(VIEW, epoch=2, workers=(again,)))
         eventually(lambda: roster.members[0].up)
         assert attach.tried == ["a:1", "a:2"]
+    finally:
+        roster.close()
+
+
+def test_a_worker_that_has_moved_is_attached_again_though_its_old_link_seems_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("experts.roster.CHECK_SECONDS", 0.002)
+    clock = Clock()
+    links = {address: FakeLink(clock, random_weights(), ()) for address in ("a:1", "a:2")}
+    roster = Roster(lambda worker: links[worker.address], {0: 6}, clock)
+    try:
+        roster.update(VIEW)
+        eventually(lambda: roster.members[0].link is links["a:1"])
+        moved = replace(VIEW.workers[0], address="a:2", incarnation="second")
+        roster.update(replace(VIEW, epoch=2, workers=(moved,)))
+        eventually(lambda: roster.members[0].link is links["a:2"])
+        eventually(lambda: links["a:1"].down)
+    finally:
+        roster.close()
+
+
+def test_an_unforeseen_error_does_not_end_the_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experts.roster.CHECK_SECONDS", 0.002)
+    reported: list[object] = []
+    monkeypatch.setattr("threading.excepthook", reported.append)
+    links = [FakeLink(Clock(), random_weights(), ())]
+
+    def attach(worker: WorkerView) -> FakeLink:
+        if not reported:
+            raise RuntimeError("can't start new thread")
+        return links[0]
+
+    roster = Roster(attach, {0: 6}, Clock())
+    try:
+        roster.update(VIEW)
+        eventually(lambda: roster.members[0].up)
     finally:
         roster.close()
