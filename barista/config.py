@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 from barista.errors import ConfigError
 from barista.machine import usable_cores
+from barista.tracing import TRACE_RATIO
 
 ENV_PREFIX = "BARISTA_"
 # Variables that belong to a command, a worker or the cache rather than to a server.
@@ -24,7 +25,6 @@ OTHER_VARIABLES = frozenset({"BARISTA_CACHE", "BARISTA_CONFIG", "BARISTA_API_KEY
 POOL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")  # it becomes part of the names of Ray actors
 # Settings of the workers, which say nothing while the experts are in the engine.
 OF_THE_POOL = ("redundancy", "worker_threads", "worker_memory", "transport", "tls_dir")
-TRACE_RATIO = 0.01
 KINDS = {int: "an integer", float: "a number", str: "a string", Path: "a path"}
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from barista.tracer import Tracer
 
+TRACE_RATIO = 0.01  # of the steps, unless told otherwise
 # service.name of the spans of each kind of process
 ENGINE_SERVICE = "barista-engine"
 WORKER_SERVICE = "barista-worker"

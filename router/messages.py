@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from barista.tracing import TRACE_RATIO
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to draw one sequence's tokens. Every field is validated at the edge, so the engine trusts it.
@@ -65,7 +67,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16
     pool: PoolAddress | None = None
     trace_to: str | None = None
-    trace_ratio: float = 0.0
+    trace_ratio: float = TRACE_RATIO
 
 
 # ---------------------------------------------------------------- API -> engine

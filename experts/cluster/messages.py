@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from barista.tracing import TRACE_RATIO
 from experts.expert_model import ExpertModel
 
 
@@ -27,7 +28,7 @@ class PoolConfig:
     model: ExpertModel
     expert_bytes: dict[int, int]
     trace_to: str | None = None
-    trace_ratio: float = 0.0
+    trace_ratio: float = TRACE_RATIO
 
     def to_json(self) -> str:
         """For from_json in another process."""

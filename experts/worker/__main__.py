@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 
 from barista.errors import BaristaError
-from barista.tracing import WORKER_SERVICE, open_tracer
+from barista.tracing import TRACE_RATIO, WORKER_SERVICE, open_tracer
 from barista.trust import TOKEN_VARIABLE, Trust
 from experts.expert_model import ExpertModel
 from experts.worker.server import WorkerServer
@@ -47,7 +47,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--capacity", type=int, required=True, help="bytes of expert weights")
     parser.add_argument("--tls-dir", type=Path)
     parser.add_argument("--trace-to", help="OTLP/HTTP endpoint or file of OpenTelemetry traces")
-    parser.add_argument("--trace-ratio", type=float, default=1.0, help="share of the steps to trace")
+    parser.add_argument("--trace-ratio", type=float, default=TRACE_RATIO, help="share of the steps to trace")
     parser.add_argument("--until-eof", action="store_true", help="end when the standard input does")
     return parser.parse_args()
 

@@ -42,10 +42,16 @@ def test_flags_win_over_the_environment_and_the_environment_over_the_file(
 
 @pytest.mark.parametrize("name", sorted(TYPES))
 def test_every_field_can_be_set_from_the_file_and_from_the_environment(tmp_path: Path, name: str) -> None:
-    special = {"format": "bf16", "log_level": "error", "transport": "shm", "max_num_batched_tokens": 70}
+    special = {
+        "format": "bf16",
+        "log_level": "error",
+        "transport": "shm",
+        "max_num_batched_tokens": 70,
+        "trace_ratio": 0.5,
+    }
     kind = TYPES[name]
     value = special.get(name, "x" if kind in (str, str | None) or "Path" in str(kind) else 7)
-    values = {"workers": 2, name: value}  # some fields mean nothing without workers
+    values = {"workers": 2, "trace_to": "x", name: value}  # some fields mean nothing without workers or traces
     from_file = load(toml(tmp_path, "".join(f"{key} = {json.dumps(entry)}\n" for key, entry in values.items())), {}, {})
     from_env = load(None, {f"BARISTA_{key.upper()}": str(entry) for key, entry in values.items()}, {})
     assert from_file == from_env
