@@ -229,8 +229,8 @@ class WorkerGroup:
         self._budget.dispatched()
         self._pump(layer, flight)
 
-    def _pump(self, layer: Layer, flight: Flight) -> None:
-        """Send as much of the flight as its wire has room for."""
+    def _pump(self, layer: Layer, flight: Flight) -> bool:
+        """Send as much of the flight as its wire has room for. False if the wire is gone, and the flight with it."""
         member, link = flight.member, flight.link
         while flight.unsent and link.outstanding < link.depth:
             if link.depth == 1:
@@ -239,8 +239,9 @@ class WorkerGroup:
                 link.send(flight.unsent[0])
             except LinkDown:
                 self._drop(layer, flight, lost=True)
-                return
+                return False
             flight.sent.append(flight.unsent.popleft())
+        return True
 
     def _detach(self, layer: Layer, member: Member) -> None:
         """Copy the rows that lie in the member's window, because the next request may overwrite them."""
@@ -270,8 +271,8 @@ class WorkerGroup:
         """Take answers of the flight's wire until the flight is done or the deadline passes."""
         link = flight.link
         while not flight.done:
-            if flight.unsent:
-                self._pump(layer, flight)
+            if flight.unsent and not self._pump(layer, flight):
+                return
             try:
                 reply = link.receive(deadline)  # it may be what an earlier layer did not wait for
             except LinkDown:
@@ -328,6 +329,8 @@ class WorkerGroup:
         """Nothing more comes of this flight; its pairs are missing again, and carried by nobody."""
         if flight in layer.flights:
             layer.flights.remove(flight)
+        flight.sent.clear()
+        flight.unsent.clear()
         if lost:
             self._roster.lost(flight.member)
 

@@ -86,6 +86,8 @@ class FakeLink:
         self._answers.append((when, self._answer(request, fault)))
 
     def receive(self, deadline: float) -> RowsReply | None:
+        if not self._answers:
+            raise RuntimeError("nothing was sent that could be answered")
         if self._down:
             raise LinkDown("gone")
         if self._answers and self._answers[0][0] <= max(deadline, self._clock.now):

@@ -293,3 +293,20 @@ def test_a_worker_that_hangs_right_after_its_start_is_hedged_whatever_the_budget
         work = batch(8)
         assert_same_cup(made.run(work), work)
         assert made.clock.now - before < 0.2
+
+
+def test_a_wire_that_breaks_between_two_parts_costs_no_step() -> None:
+    with pool(ALL, ALL, max_rows=2, depth=1) as made:
+        made.links["a"].faults.extend(["", "down_on_send"])
+        work = batch(12)
+        assert_same_cup(made.run(work), work)
+        assert made.links["a"].down
+
+
+@pytest.mark.parametrize("fault", ["failed", "not_held"])
+def test_once_a_part_is_refused_the_others_are_not_sent(fault: str) -> None:
+    with pool(ALL, ALL, max_rows=2, depth=1) as made:
+        made.links["a"].faults.append(fault)
+        work = batch(12)
+        assert_same_cup(made.run(work), work)
+        assert sum(request.attempt == 0 for request in made.links["a"].requests) == 1
