@@ -16,7 +16,8 @@ GRACE_SECONDS = 10.0  # a lost worker keeps its claim on its experts for so long
 
 
 def tend(pool: Pool, now: float) -> None:
-    """Make the target fit the workers that there are. Cheap when nothing has changed."""
+    """Publish what was proven and make the target fit the workers that there are. Cheap when nothing has changed."""
+    pool.publish_proven(now)
     if not pool.planned_for and _more_are_coming(pool, now):
         return
     for member in pool.members.values():

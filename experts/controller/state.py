@@ -17,6 +17,7 @@ MISSES_UNTIL_LOST = 2  # calls that failed because nobody listens
 TIMEOUTS_UNTIL_LOST = 5  # calls that were not answered in time: it may only be slow
 RETRY_SECONDS = 1.0  # after an Assign that failed
 LOAD_HALF_LIFE = 300.0
+PROOFS_SECONDS = 0.1  # a proven replica waits so long for others, to share an epoch with them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,7 @@ class Pool:
         self.term_is_ours = False
         self.moves = 0
         self.revision = 0
+        self._unpublished_since: float | None = None
         self._halved = now
         self.members.update((name, Member(name, now)) for name in found)
         self._was_found = bool(self.members)
@@ -208,7 +210,7 @@ class Pool:
             member.retry_at = now + RETRY_SECONDS
 
     def proved(self, name: str, incarnation: str, key: ExpertKey, fault: str, now: float) -> None:
-        """A replica was compared with another one. fault: how they differ, empty if they do not."""
+        """A replica was compared with another one; `publish_proven` names it. fault: how they differ, or empty."""
         member = self._present(name, incarnation)
         if member is None or key not in member.held:
             return
@@ -218,7 +220,8 @@ class Pool:
             self._refuse(member, fault, now)
             return
         member.proven.add(key)
-        self.publish(now)
+        if self._unpublished_since is None:
+            self._unpublished_since = now
 
     def probe_failed(self, name: str, incarnation: str, key: ExpertKey) -> None:
         """The comparison could not be made: it is tried again."""
@@ -283,6 +286,7 @@ class Pool:
 
     def publish(self, now: float) -> None:
         """Make the placement follow what is held; a change is a new epoch."""
+        self._unpublished_since = None
         live = self.live
         short = frozenset(member.name for member in live if self._is_short(member))
         replicas = {key: self.named(key, live, short) for key in self.target}
@@ -299,6 +303,13 @@ class Pool:
                 del member.withdrawn[key]
             for key in unnamed - member.withdrawn.keys():
                 member.withdrawn[key] = Withdrawal(self.epoch, now)
+
+    def publish_proven(self, now: float) -> None:
+        """Name the replicas that were proven: one epoch for all that come within a tenth of a second."""
+        since = self._unpublished_since
+        proving = any(member.proving for member in self.members.values())
+        if since is not None and (not proving or now - since >= PROOFS_SECONDS):
+            self.publish(now)
 
     def set_target(self, target: Mapping[ExpertKey, Iterable[str]], now: float) -> None:
         """Who shall hold each expert from now on."""

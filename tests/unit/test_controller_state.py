@@ -24,7 +24,7 @@ from experts.controller.reconcile import (
     is_settled,
     next_actions,
 )
-from experts.controller.state import MISSES_UNTIL_LOST, TIMEOUTS_UNTIL_LOST, Pool, PoolSettings
+from experts.controller.state import MISSES_UNTIL_LOST, PROOFS_SECONDS, TIMEOUTS_UNTIL_LOST, Pool, PoolSettings
 from experts.controller.wire import by_layer, pool_state, probe_row
 
 SIZE = 100
@@ -349,6 +349,9 @@ def test_a_moved_replica_is_named_only_after_its_row_was_compared() -> None:
     probes = [action for action in world.under_way if isinstance(action, Probe)]
     assert {probe.expert for probe in probes} == set(assign.experts)
     world.pool.proved("worker-2", assign.incarnation, probes[0].expert, "", world.now)
+    world.pool.publish_proven(world.now)
+    assert world.pool.placement.held_by("worker-2") == frozenset()
+    world.pool.publish_proven(world.now + PROOFS_SECONDS)
     assert world.pool.placement.held_by("worker-2") == {probes[0].expert}
     world.pool.proved("worker-2", assign.incarnation, probes[1].expert, "another row", world.now)
     world.describe("worker-2")
