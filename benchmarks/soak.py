@@ -37,7 +37,7 @@ from benchmarks.belongings import belongings, leaks, resident_bytes
 from benchmarks.faults import Faults, NotWhole
 
 QUESTIONS = ("What is coffee?", "Tell me a story about a barista.", "Count to twenty.", "Why is the sky blue?")
-DISTINCT_REQUESTS = 40
+DISTINCT_REQUESTS = 24
 TOLERANCE = 0.05
 SERVER = (sys.executable, "-m", "router.cli", "serve")
 # Long enough for a stream that waits for a worker's replacement.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.belongings import SLACK, leaks
 from benchmarks.pool import generate_row, parse, random_prompts, report
 from benchmarks.wire import WireTimes, median_percentile, wire_row
 
@@ -64,3 +65,13 @@ def test_the_report_has_a_row_for_each_wire_and_number_of_sequences() -> None:
     assert "killed" not in report(results)
     fault = {"streams": 8, "gap_s": 0.034, "gap_without_s": 0.005, "equal": False}
     assert "texts DIFFER" in report(results | {"fault": fault})
+
+
+def test_windows_leak_from_the_first_one_and_threads_beyond_what_libraries_start() -> None:
+    before = {"engine windows": 2, "engine threads": 20, "worker files": 50, "actors": 3}
+    assert leaks(before, before) == []
+    assert leaks(before, before | {"engine threads": 20 + SLACK, "worker files": 40, "actors": 2}) == []
+    assert leaks(before, before | {"engine windows": 3}) == ["engine windows: 2 before the faults, 3 after"]
+    assert leaks(before, before | {"engine threads": 21 + SLACK}) == [
+        f"engine threads: 20 before the faults, {21 + SLACK} after"
+    ]
