@@ -147,7 +147,11 @@ class Harness:
         raise AssertionError("the stream ended")
 
     async def ready(self) -> pb.PoolState:
-        return await self.until(lambda state: all(worker.state == pb.WORKER_STATE_READY for worker in state.workers))
+        """Every worker holds all that it shall hold, and the first placement is complete."""
+        state = await self.until(lambda state: all(worker.state == pb.WORKER_STATE_READY for worker in state.workers))
+        while not self.pool.settled:
+            await self.runner.changed(self.pool.revision, seconds=0.05)
+        return state
 
     async def state(self) -> pb.PoolState:
         return await self.stub.GetState(pb.GetStateRequest(), metadata=TRUST.metadata)
