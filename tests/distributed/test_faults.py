@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -25,6 +25,7 @@ from tests.distributed.engines_on_workers import (
     hurt_pool,
     replicated,
     serve,
+    survives,
 )
 from tests.distributed.proxy import ChaosProxy, proxy_to
 from tests.distributed.soak import WIRES, belongings, soak, windows
@@ -60,18 +61,6 @@ def pool(processes: HurtPool) -> HurtPool:
     """Each expert on two of three workers, all well."""
     processes.reset(replicated(processes.model, *NAMES))
     return processes
-
-
-def survives(reference: Reference, limit: float, scenario: Callable[[], Served]) -> Served:
-    """Every answer is right, each time; the longest gap is within the limit, in one of two runs."""
-    for _ in range(2):
-        served = scenario()
-        served.assert_same_cup(reference)
-        if served.longest_gap <= limit:
-            break
-    print(f"longest gap {served.longest_gap:.3f} s in {len(served.submits)} requests")
-    assert served.longest_gap <= limit
-    return served
 
 
 @contextmanager
@@ -120,9 +109,10 @@ def test_a_worker_hangs_and_is_used_again_when_it_goes_on(pool: HurtPool, refere
                 load.wait_steps(50)
                 with pool.workers["worker-1"].stopped():
                     load.wait_steps(20)
-                    before = on.rows("worker-1")
+                    before, others = on.rows("worker-1"), on.rows("worker-0")
                     load.wait_steps(80)
-                    assert on.rows("worker-1") == before
+                    assert on.rows("worker-1") - before < 0.1 * (on.rows("worker-0") - others)  # a few hedges
+                    before = on.rows("worker-1")
                 load.wait_until(lambda: on.rows("worker-1") > before)
                 load.wait_steps(20)
 
@@ -379,7 +369,7 @@ def test_nothing_is_lost_and_nothing_is_left_over_after_faults_of_every_kind(
         serve(on.engine, lambda load: load.wait_steps(10))
     _, files = belongings()
     for wire in WIRES:
-        served, faults = soak(pool, 3.5, rng, wire)
+        served, faults = soak(pool, 3.0, rng, wire)
         print(wire, f"{served.longest_gap:.2f} s", len(served.submits), "requests", dict(faults))
         served.assert_same_cup(reference)
     limit = time.monotonic() + 10
