@@ -28,7 +28,7 @@ from barista.tracing import SpanIds
 
 OTLP_PATH = "/v1/traces"
 QUEUE_SPANS = 2**14  # spans that wait for the exporter; more are dropped
-EXPORT_MILLISECONDS = 1000
+EXPORT_MILLISECONDS = 250  # a worker that Ray kills loses what it has not exported
 
 
 class Tracer:

@@ -136,13 +136,14 @@ class EngineProcess:
 
     async def close(self) -> None:
         """End the engine; kill it if it does not go by itself. Every open request gets its Failed event."""
+        was_ready = self.ready
         if self._writer is not None:
             self._writer.close()
         if self._router is not None:
             await self._router
         if self._process is None:
             return
-        if not self.ready:
+        if not was_ready:
             self._process.kill()  # it may be deep in loading and hear nothing
         try:
             await asyncio.to_thread(self._process.wait, CLOSE_SECONDS)

@@ -64,12 +64,16 @@ def serve(sock: socket.socket) -> None:
         return
     _send(sock, ready)
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-    threading.Thread(target=_read_commands, args=(sock, commands, traces), daemon=True).start()
-    while True:
-        _apply_all(engine, commands, sock)
-        events = engine.step()
-        if events.tokens or events.failed:
-            _send(sock, events)
+    reader = threading.Thread(target=_read_commands, args=(sock, commands, traces), daemon=True)
+    reader.start()
+    try:
+        while True:
+            _apply_all(engine, commands, sock)
+            events = engine.step()
+            if events.tokens or events.failed:
+                _send(sock, events)
+    except ConnectionError:
+        reader.join()  # it has seen that the API has gone, too, and ends the process
 
 
 def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready, EngineTraces | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -30,9 +31,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def with_engine(checkpoint: Path, body: Body) -> None:
+def with_engine(checkpoint: Path, body: Body, **changes: Any) -> None:
     async def run() -> None:
-        engine = EngineProcess(EngineConfig(path=str(checkpoint), kv_cache_tokens=2048))
+        engine = EngineProcess(EngineConfig(path=str(checkpoint), kv_cache_tokens=2048, **changes))
         await engine.start()
         try:
             await asyncio.wait_for(body(engine), 60)
@@ -73,6 +74,21 @@ def test_it_answers_and_counts(checkpoint: Path) -> None:
         assert stats.iteration_tokens == 2 * (3 + 4)
 
     with_engine(checkpoint, body)
+
+
+def test_its_traces_are_whole_when_it_has_been_closed(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "traces.jsonl"
+
+    async def body(engine: EngineProcess) -> None:
+        await collect(engine, "a", SamplingParams(temperature=0, max_tokens=5))
+        await anext(engine.submit("b", (5, 6, 7), ENDLESS))
+
+    with_engine(checkpoint, body, trace_to=str(file), trace_ratio=0.0)
+    ends = [json.loads(line)["attributes"] for line in file.read_text().splitlines()]
+    assert [(end["barista.request_id"], end["barista.finish_reason"]) for end in ends] == [
+        ("a", "length"),
+        ("b", "aborted"),
+    ]
 
 
 def test_leaving_early_frees_the_blocks(checkpoint: Path) -> None:
