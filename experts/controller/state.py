@@ -396,4 +396,5 @@ class Pool:
         if (member.reach, member.detail) != (Reach.REFUSED, detail):
             member.reach, member.since, member.detail = Reach.REFUSED, now, detail
             member.forget()
+            self._changed()
             self.publish(now)
