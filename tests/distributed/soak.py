@@ -32,6 +32,7 @@ class Chaos:
         self._rng = rng
         self._seconds = seconds
         self._returning: threading.Thread | None = None
+        self.attached: Callable[[], bool] = lambda: True  # whether the engine reaches every worker
         self.done: Counter[str] = Counter()
         self._kinds: tuple[Callable[[Load, str], None], ...] = (
             self._kill, self._hang, self._cut, self._silence, self._lie, self._dawdle, self._move
@@ -92,6 +93,7 @@ class Chaos:
 
     def _lie(self, load: Load, name: str) -> None:
         self._wait_returned()
+        load.wait_until(self.attached)
         self.done["lie"] += 1
         self._pool.ail(name, self._rng.choice((f"nan {self._rng.randrange(8)}", "raise", "not_held")))
         load.wait_steps(self._rng.randrange(10, 60))
@@ -126,6 +128,7 @@ def soak(pool: HurtPool, seconds: float, rng: random.Random, wire: str) -> tuple
         chaos = Chaos(pool, proxies, rng, seconds)
         pool.assign(chaos.placement())
         with engine_on_pool(pool, "auto" if wire == "mixed" else wire) as on:
+            chaos.attached = lambda: on.attached
             served = serve(on.engine, chaos.script)
     return served, chaos.done
 
