@@ -26,7 +26,7 @@ class WorkerServer:
     """Serves from its construction until `stop`.
 
     name: worker-0. host, port: to listen on; port 0 takes a free one. threads: that compute. capacity_bytes: of expert
-    weights. tracer: None without traces; `stop` closes it. Raises CheckpointError, and ConfigError when the address
+    weights. tracer: None without traces; `stop` flushes it. Raises CheckpointError, and ConfigError when the address
     cannot be had.
     """
 
@@ -63,7 +63,7 @@ class WorkerServer:
         self._server.stop(grace).wait()
         self._executor.shutdown()
         if self._tracer is not None:
-            self._tracer.close()
+            self._tracer.flush()
 
     def _set_draining(self, draining: bool) -> None:
         serving = health_pb2.HealthCheckResponse
