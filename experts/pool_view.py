@@ -44,8 +44,9 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True)
 class PoolView:
-    """One state of the pool. replicas: layer -> for each expert the names of its workers.
+    """One state of the pool.
 
+    workers: those in reach; names: all that belong to it. replicas: layer -> for each expert the names of its workers.
     settling: workers are starting or loading. coverage: 0..1, and problem: why it is not complete, in words for the
     operator.
     """
@@ -53,6 +54,7 @@ class PoolView:
     term: int
     epoch: int
     workers: tuple[WorkerView, ...]
+    names: frozenset[str]
     replicas: Mapping[int, tuple[tuple[str, ...], ...]]
     settling: bool
     coverage: float
@@ -70,6 +72,7 @@ def view_of(state: pb.PoolState) -> PoolView:
             for worker in state.workers
             if worker.address and worker.state in REACHABLE
         ),
+        names=frozenset(worker.name for worker in state.workers),
         replicas={layer.layer: tuple(tuple(expert.workers) for expert in layer.experts) for layer in state.layers},
         settling=any(worker.state in SETTLING for worker in state.workers),
         coverage=state.coverage,

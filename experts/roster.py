@@ -260,9 +260,14 @@ class Roster:
             with self._lock:
                 if self._closed:
                     return
-                reachable = {worker.name for worker in self._view.workers} if self._view else set()
+                view = self._view
+            if view is None:
+                continue
+            reachable = {worker.name for worker in view.workers}
             now = self._clock()
             for member in self.members:
+                if member.name not in view.names and member.link is not None:  # scaled away
+                    member.link.close()
                 # A host that vanished leaves its link up, and its worker may come back elsewhere before that shows.
                 away = not member.up or member.incarnation != member.view.incarnation
                 if away and member.name in reachable and not member.attaching and now >= member.retry_at:

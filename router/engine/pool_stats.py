@@ -12,7 +12,8 @@ from router.messages import LinkStats, PoolStats
 
 def pool_stats(remote: RemotePool) -> PoolStats:
     """Counters and gauges of now."""
-    counters = remote.group.counters
+    counters, view = remote.group.counters, remote.roster.view
+    names = view.names if view else ()
     return PoolStats(
         epoch=remote.roster.epoch,
         experts_uncovered=len(remote.roster.uncovered()),
@@ -24,7 +25,7 @@ def pool_stats(remote: RemotePool) -> PoolStats:
         layers=counters.layers,
         dispatch_seconds=counters.dispatch_seconds,
         combine_seconds=counters.combine_seconds,
-        links=tuple(_link_stats(member) for member in remote.roster.members),
+        links=tuple(_link_stats(member) for member in remote.roster.members if member.name in names),
     )
 
 

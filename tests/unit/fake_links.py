@@ -135,6 +135,7 @@ def view(placement: Mapping[int, Sequence[Sequence[str]]], workers: Sequence[str
         term=1,
         epoch=epoch,
         workers=tuple(WorkerView(name, f"{name}:1", "first") for name in workers),
+        names=frozenset(workers),
         replicas={layer: tuple(tuple(names) for names in experts) for layer, experts in placement.items()},
         settling=False,
         coverage=1.0,
