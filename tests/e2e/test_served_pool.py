@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,7 @@ def test_without_replicas_survivors_load_what_was_lost_and_sigterm_ends_it_all(
         server.wait_gone(processes)
 
 
-@contextmanager
+@pytest.fixture(scope="module")
 def silent_port() -> Iterator[str]:
     """Something that takes connections and says nothing."""
     with socket.socket() as listener:
@@ -284,25 +284,31 @@ def silent_port() -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-def refused(environment: Mapping[str, str], *arguments: object) -> str:
-    """What a server says that cannot start."""
-    done = subprocess.run(
-        barista("serve", *arguments, "--port", 0),
-        capture_output=True, text=True, timeout=START_SECONDS, env=environment, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (1, "")
-    assert "Traceback" not in done.stderr
-    return done.stderr
+@pytest.fixture(scope="module")
+def refusals(environment: dict[str, str], model: Path, silent_port: str) -> dict[str, str]:
+    """What servers say that cannot start; most of their time is waiting, so they do it together."""
+
+    def refused(*arguments: object, **variables: str) -> str:
+        done = subprocess.run(
+            barista("serve", model, "--workers", 2, *arguments, "--port", 0),
+            capture_output=True, text=True, timeout=START_SECONDS, env=environment | variables, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    with ThreadPoolExecutor() as executor:
+        silent = executor.submit(refused, RAY_ADDRESS=silent_port)
+        small = executor.submit(refused, "--worker-memory", 8 * EXPERT_BYTES)
+        return {"silent": silent.result(), "small": small.result()}
 
 
-def test_a_ray_address_that_does_not_answer_is_refused(environment: dict[str, str], model: Path) -> None:
-    with silent_port() as address:
-        told = refused({**environment, "RAY_ADDRESS": address}, model, "--workers", 2)
-    assert f"RAY_ADDRESS={address}" in told
-    assert "ray start --head" in told
+def test_a_ray_address_that_does_not_answer_is_refused(refusals: dict[str, str], silent_port: str) -> None:
+    assert f"RAY_ADDRESS={silent_port}" in refusals["silent"]
+    assert "ray start --head" in refusals["silent"]
 
 
-def test_too_little_memory_is_refused_with_the_bytes_that_are_missing(environment: dict[str, str], model: Path) -> None:
-    told = refused(environment, model, "--workers", 2, "--worker-memory", 8 * EXPERT_BYTES)
-    assert f"{(LAYERS * EXPERTS - 16) * EXPERT_BYTES} bytes of memory for experts" in told
-    assert "--worker-memory" in told
+def test_too_little_memory_is_refused_with_the_bytes_that_are_missing(refusals: dict[str, str]) -> None:
+    missing = (LAYERS * EXPERTS - 2 * 8) * EXPERT_BYTES
+    assert f"{missing} bytes of memory for experts" in refusals["small"]
+    assert "--worker-memory" in refusals["small"]
