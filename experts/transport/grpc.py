@@ -265,7 +265,7 @@ class ExchangeStream:
             reason = f"{error.code().name}: {error.details()}"
         with self._lock:
             self._reason = f"{self.address}: {reason}"
-            callback = self._on_end
+            callback, self._on_end = self._on_end, None
         self._replies.put(None)
         self._requests.put(None)
         self._channel.close()
