@@ -58,7 +58,8 @@ class Member:
     @property
     def up(self) -> bool:
         """Attached, and the wire is whole."""
-        return self.link is not None and not self.link.down
+        link = self.link
+        return link is not None and not link.down
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +267,9 @@ class Roster:
             reachable = {worker.name for worker in view.workers}
             now = self._clock()
             for member in self.members:
-                if member.name not in view.names and member.link is not None:  # scaled away
-                    member.link.close()
+                if member.name not in view.names and member.link is not None and not member.attaching:  # scaled away
+                    link, member.link = member.link, None
+                    link.close()
                 # A host that vanished leaves its link up, and its worker may come back elsewhere before that shows.
                 away = not member.up or member.incarnation != member.view.incarnation
                 if away and member.name in reachable and not member.attaching and now >= member.retry_at:

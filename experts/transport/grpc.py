@@ -263,6 +263,7 @@ class ExchangeStream:
                 self._replies.put(message)
         except grpc.RpcError as error:
             reason = f"{error.code().name}: {error.details()}"
+            error.with_traceback(None)  # the error is the call: with its traceback it would keep this stream alive
         with self._lock:
             self._reason = f"{self.address}: {reason}"
             callback, self._on_end = self._on_end, None
