@@ -290,7 +290,7 @@ def refusals(environment: dict[str, str], model: Path, silent_port: str) -> dict
 
     def refused(*arguments: object, **variables: str) -> str:
         done = subprocess.run(
-            barista("serve", model, "--workers", 2, *arguments, "--port", 0),
+            barista("serve", model, "--workers", 1, *arguments, "--port", 0),
             capture_output=True, text=True, timeout=START_SECONDS, env=environment | variables, check=False,
         )  # fmt: skip
         assert (done.returncode, done.stdout) == (1, "")
@@ -299,7 +299,7 @@ def refusals(environment: dict[str, str], model: Path, silent_port: str) -> dict
 
     with ThreadPoolExecutor() as executor:
         silent = executor.submit(refused, RAY_ADDRESS=silent_port)
-        small = executor.submit(refused, "--worker-memory", 8 * EXPERT_BYTES)
+        small = executor.submit(refused, "--worker-memory", 9 * EXPERT_BYTES)
         return {"silent": silent.result(), "small": small.result()}
 
 
@@ -309,6 +309,6 @@ def test_a_ray_address_that_does_not_answer_is_refused(refusals: dict[str, str],
 
 
 def test_too_little_memory_is_refused_with_the_bytes_that_are_missing(refusals: dict[str, str]) -> None:
-    missing = (LAYERS * EXPERTS - 2 * 8) * EXPERT_BYTES
+    missing = (LAYERS * EXPERTS - 9) * EXPERT_BYTES
     assert f"{missing} bytes of memory for experts" in refusals["small"]
     assert "--worker-memory" in refusals["small"]
