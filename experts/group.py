@@ -18,15 +18,15 @@ import numpy as np
 import torch
 
 from experts import kernels
+from experts.express import Express, Share
 from experts.layer import Flight, Layer, Placed
 from experts.link import LinkDown, RowsReply, RowsRequest, RowsStatus
-from experts.liveness import STRAGGLER_FLOOR, HedgeBudget, Liveness, work_of
+from experts.liveness import EXPERT_COST, STRAGGLER_FLOOR, HedgeBudget, Liveness, work_of
 from experts.on_demand import OnDemandLoader
 from experts.pool import DispatchBatch
 from experts.roster import Member, Roster, Routing
 
 UNHELD = -2  # of kernels.route: asked for, and nobody holds it
-EXPERT_COST = 4  # of reading an expert's weights, in rows; as in liveness.work_of
 POLL_SECONDS = 0.0005
 # A worker that is late for so long, and the only one with an expert, is given up: a survivor loads the expert.
 HANG_SECONDS = 1.0
@@ -56,6 +56,7 @@ class WorkerGroup:
         self._roster = roster
         self._loader = loader
         self._clock = clock
+        self._express = Express(clock)
         self._budget = HedgeBudget()
         self.counters = GroupCounters()
         self.epoch_in_use: int | None = None  # by the layer under way; read by the thread that acknowledges epochs
@@ -69,10 +70,15 @@ class WorkerGroup:
         topk_ids = batch.topk_ids.numpy()
         addresses = np.zeros(topk_ids.shape, dtype=np.int64)
         layer = Layer(batch, topk_ids, addresses, now)
-        owner = kernels.route(topk_ids, routing.replicas, routing.cost, EXPERT_COST)
-        layer.missing = self._send_to_owners(layer, topk_ids, owner, routing)
-        if UNHELD in owner:
-            layer.recount()
+        layer.sent = self._express.dispatch(layer, routing)
+        if layer.sent is not None:
+            for share in layer.sent.shares:
+                self._count(share.member, share.num_pairs)
+        else:
+            owner = kernels.route(topk_ids, routing.replicas, routing.cost, EXPERT_COST)
+            layer.missing = self._send_to_owners(layer, topk_ids, owner, routing)
+            if UNHELD in owner:
+                layer.recount()
         self.counters.layers += 1
         self.counters.dispatch_seconds += self._clock() - now
         return layer
@@ -80,6 +86,19 @@ class WorkerGroup:
     def combine(self, ticket: Layer) -> tuple[torch.Tensor, torch.Tensor]:
         """As Transport.combine. Pairs that nobody could compute fail their tokens."""
         now = self._clock()
+        result = None if ticket.sent is None else self._express.combine(ticket, ticket.sent)
+        if result is not None:
+            self._note_answers(ticket)
+        else:
+            if ticket.sent is not None:
+                self._take_over(ticket)
+            result = self._combine(ticket)
+        self.epoch_in_use = None
+        self.counters.combine_seconds += self._clock() - now
+        return result
+
+    def _combine(self, ticket: Layer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gather and combine until all rows are finite, or nobody else can be asked."""
         batch = ticket.batch
         hidden = batch.hidden_states.shape[1]
         while True:
@@ -94,9 +113,42 @@ class WorkerGroup:
         if ticket.accused and not failed.any():
             for member in ticket.accused:
                 member.liveness.quarantine(self._clock())
-        self.epoch_in_use = None
-        self.counters.combine_seconds += self._clock() - now
         return rows, failed
+
+    def _note_answers(self, layer: Layer) -> None:
+        """What the express way has learnt of its workers."""
+        assert layer.sent is not None
+        for share in layer.sent.shares:
+            self._answered(share.member, share.answered, share.answered - layer.sent.started, share.work)
+            share.member.compute_seconds += share.compute_seconds
+            if share.epoch > layer.sent.routing.epoch:
+                self.counters.stale_epochs += 1
+
+    def _take_over(self, layer: Layer) -> None:
+        """What the express way has sent, as flights that are on their way."""
+        assert layer.sent is not None
+        sent = layer.sent
+        layer.flights = [self._flight_of(layer, share) for share in sent.shares]
+        layer.recount()
+
+    def _flight_of(self, layer: Layer, share: Share) -> Flight:
+        assert layer.sent is not None
+        batch, sent = layer.batch, layer.sent
+        tokens, ids, num_pairs = kernels.split(layer.topk_ids, sent.owner, share.member.index)
+        request = RowsRequest(
+            batch.step, batch.layer, 0, sent.routing.epoch, batch.hidden_states, tokens, ids, num_pairs
+        )
+        return Flight(share.member, share.link, deque(), deque([request]), share.work, sent.started)
+
+    def _count(self, member: Member, num_pairs: int) -> None:
+        member.requests += 1
+        member.rows += num_pairs
+        self._budget.dispatched()
+
+    def _answered(self, member: Member, now: float, seconds: float, work: int) -> None:
+        member.exchange_seconds += seconds
+        others = self._median_of_others(member) if seconds > STRAGGLER_FLOOR else 0.0
+        member.liveness.answered(now, seconds, work, others)
 
     def _take_late_answers(self) -> None:
         """Answers that nobody waited for any more: their workers can be used again."""
@@ -143,9 +195,7 @@ class WorkerGroup:
             )
         flight = Flight(member, link, parts, work=work, started=self._clock())
         layer.flights.append(flight)
-        member.requests += 1
-        member.rows += num_pairs
-        self._budget.dispatched()
+        self._count(member, num_pairs)
         self._pump(layer, flight)
 
     def _pump(self, layer: Layer, flight: Flight) -> bool:
@@ -219,10 +269,7 @@ class WorkerGroup:
         if reply.status is RowsStatus.OK:
             now = self._clock()
             if flight.done:
-                seconds = now - flight.started
-                member.exchange_seconds += seconds
-                others = self._median_of_others(member) if seconds > STRAGGLER_FLOOR else 0.0
-                member.liveness.answered(now, seconds, flight.work, others)
+                self._answered(member, now, now - flight.started, flight.work)
             member.compute_seconds += reply.compute_seconds
             placed = kernels.place_rows(
                 layer.addresses, request.tokens, request.topk_ids, reply.address, layer.row_bytes

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from experts.link import Link, RowsReply, RowsRequest
 from experts.pool import DispatchBatch
 from experts.roster import Member
+
+if TYPE_CHECKING:
+    from experts.express import Sent
 
 
 @dataclass(slots=True, eq=False)
@@ -57,7 +61,7 @@ class Layer:
 
     addresses: [num_tokens, k] int64, where each pair's expert row lies, 0 while it is missing. missing: how many are
     waited for. excluded: (member index, expert) pairs that have failed in this layer. accused: who gave rows that are
-    not finite. hopeless: experts that are not waited for any more.
+    not finite. hopeless: experts that are not waited for any more. sent: how it went out, if by the express way.
     """
 
     batch: DispatchBatch
@@ -71,6 +75,7 @@ class Layer:
     placed: list[Placed] = field(default_factory=list)
     accused: set[Member] = field(default_factory=set)
     hopeless: set[int] = field(default_factory=set)
+    sent: Sent | None = None
 
     @property
     def row_bytes(self) -> int:

@@ -31,13 +31,15 @@ FORGIVEN_AFTER = 60.0
 HEDGE_SHARE = 0.05
 HEDGE_BURST = 8.0
 
+EXPERT_COST = 4  # what reading an expert's weights costs, in rows
+
 _WINDOW = 128
 _REFRESH = 16
 
 
 def work_of(num_experts: int, num_pairs: int) -> int:
     """How much work a request is: reading an expert's weights costs as much as a few rows, a message as some more."""
-    return 16 + 4 * num_experts + num_pairs
+    return 16 + EXPERT_COST * num_experts + num_pairs
 
 
 class Liveness:

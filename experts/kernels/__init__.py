@@ -10,6 +10,7 @@ Without a compiler the functions of experts.kernels.reference stand in, with one
 from __future__ import annotations
 
 from experts.kernels.expert_table import ExpertTable
+from experts.kernels.library import current as compiled
 from experts.kernels.library import load, numerics_id, set_num_threads
 from experts.kernels.ops import attention, gate, linear, moe, rms_norm, rope, silu_mul, store_kv
 from experts.kernels.routing import place_rows, route, split
@@ -19,6 +20,7 @@ __all__ = [
     "ExpertTable",
     "attention",
     "combine_rows",
+    "compiled",
     "expert_rows",
     "find_nonfinite",
     "gate",

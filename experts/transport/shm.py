@@ -72,6 +72,28 @@ class ShmLink:
         """1 while a request is not answered, else 0."""
         return int(self._pairs_of_outstanding is not None)
 
+    @property
+    def end(self) -> int:
+        """This end of the window, for src/group.cpp, which sends and receives for several links at once."""
+        return self._end
+
+    @property
+    def number(self) -> int:
+        """Of the last request."""
+        return self._number
+
+    def sent(self, number: int, num_rows: int, num_pairs: int) -> None:
+        """A request was written into the window without `send`."""
+        self._number, self._pairs_of_outstanding = number, num_pairs
+        counters = self.counters
+        counters.requests += 1
+        counters.bytes_sent += num_rows * (self._row_bytes + 4 * self._top_k)
+
+    def received(self) -> None:
+        """Its rows were taken from the window without `receive`."""
+        self.counters.bytes_received += (self._pairs_of_outstanding or 0) * self._row_bytes
+        self._pairs_of_outstanding = None
+
     def send(self, request: RowsRequest) -> None:
         """Copy the chosen rows into the window. Raises LinkDown; RuntimeError while a request is not answered."""
         if self._pairs_of_outstanding is not None:
@@ -104,10 +126,7 @@ class ShmLink:
             raise LinkDown("the window is closed")
         if sent != READY:
             raise ValueError(f"{num_rows} rows do not fit a window of {self.max_rows}, or a token is out of range")
-        self._number, self._pairs_of_outstanding = number, request.num_pairs
-        counters = self.counters
-        counters.requests += 1
-        counters.bytes_sent += num_rows * (self._row_bytes + 4 * self._top_k)
+        self.sent(number, num_rows, request.num_pairs)
 
     def receive(self, deadline: float) -> RowsReply | None:
         """The answer to the request sent last; None if `time.monotonic()` passes `deadline` first. Raises LinkDown."""
