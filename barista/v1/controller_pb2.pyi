@@ -95,14 +95,16 @@ class PoolState(_message.Message):
     def __init__(self, term: _Optional[int] = ..., epoch: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[LayerPlacement, _Mapping]]] = ..., coverage: _Optional[float] = ..., experts_uncovered: _Optional[int] = ..., moves: _Optional[int] = ..., pool: _Optional[str] = ..., problem: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., engines: _Optional[int] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ("engine_id", "acknowledged_epoch", "loads")
+    __slots__ = ("engine_id", "acknowledged_epoch", "loads", "term")
     ENGINE_ID_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_EPOCH_FIELD_NUMBER: _ClassVar[int]
     LOADS_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
     engine_id: str
     acknowledged_epoch: int
     loads: _containers.RepeatedCompositeFieldContainer[LayerLoad]
-    def __init__(self, engine_id: _Optional[str] = ..., acknowledged_epoch: _Optional[int] = ..., loads: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ...) -> None: ...
+    term: int
+    def __init__(self, engine_id: _Optional[str] = ..., acknowledged_epoch: _Optional[int] = ..., loads: _Optional[_Iterable[_Union[LayerLoad, _Mapping]]] = ..., term: _Optional[int] = ...) -> None: ...
 
 class LayerLoad(_message.Message):
     __slots__ = ("layer", "tokens")

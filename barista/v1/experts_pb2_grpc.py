@@ -101,8 +101,7 @@ class ExpertsServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Probe(self, request, context):
-        """One expert's row for one row: how a new replica proves itself, and how a suspect shows that it computes again.
-        NOT_FOUND: not held.
+        """One expert's row for one row: how a new replica proves itself, by comparison with one in use. NOT_FOUND: not held.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
