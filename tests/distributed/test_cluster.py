@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from barista.cache import cache_root
@@ -139,6 +141,23 @@ def all_ready(state: pb.PoolState) -> bool:
     return state.coverage == 1 and all(worker.state == pb.WORKER_STATE_READY for worker in state.workers)
 
 
+def listening_beyond_loopback(pids: set[int]) -> list[str]:
+    """Whoever else on the network could speak to one of these processes."""
+    found = []
+    for process in map(psutil.Process, sorted(pids)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # Ray starts some for a moment
+            for socket_ in process.net_connections("tcp"):
+                if socket_.status == psutil.CONN_LISTEN and not _is_loopback(socket_.laddr.ip):
+                    found.append(f"{socket_.laddr.ip}:{socket_.laddr.port} {_command(process.pid)}")
+    return found
+
+
+def _is_loopback(text: str) -> bool:
+    address = ipaddress.ip_address(text)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
 def wait_until_gone(pids: set[int]) -> None:
     """Fails, with what is left, if they take too long. A process that nobody has waited for counts as gone."""
     deadline = time.monotonic() + END_SECONDS
@@ -164,6 +183,7 @@ def test_a_killed_worker_comes_back_and_the_end_of_the_server_is_the_end_of_all(
             before = until(all_ready)
             family = keeper.family()
             assert {worker.pid for worker in before.workers} < family
+            assert listening_beyond_loopback(family) == []
             victim = before.workers[0]
             os.kill(victim.pid, signal.SIGKILL)
             until(lambda state: state.workers[0].state == pb.WORKER_STATE_LOST)
