@@ -34,22 +34,15 @@ class Description:
     epoch: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Withdrawal:
-    """The first epoch that no longer names a replica, and when it was published (seconds)."""
-
-    epoch: int
-    since: float
-
-
 @dataclass(slots=True)
 class Member:
     """A worker's place in the pool.
 
     held: what it reported, with digests; proven: of that, what a placement may name. loading, releasing: on their way.
-    draining: gets no experts and gives its own away; leaving: ends (stopping) when that is done. since: when `reach`
-    last changed. fault: what its present process did wrong, for which it stays refused. given_up: lost for so long that
-    others get its experts. changes: how often `held` has changed. domain: the wider failure domain of its node.
+    withdrawn: the first epoch that no longer names a replica. draining: gets no experts and gives its own away;
+    leaving: ends (stopping) when that is done. since: when `reach` last changed. fault: what its present process did
+    wrong, for which it stays refused. given_up: lost for so long that others get its experts. changes: how often `held`
+    has changed. domain: the wider failure domain of its node.
     """
 
     name: str
@@ -78,7 +71,7 @@ class Member:
     proving: set[ExpertKey] = field(default_factory=set)
     loading: set[ExpertKey] = field(default_factory=set)
     releasing: set[ExpertKey] = field(default_factory=set)
-    withdrawn: dict[ExpertKey, Withdrawal] = field(default_factory=dict)
+    withdrawn: dict[ExpertKey, int] = field(default_factory=dict)
 
     @property
     def number(self) -> int:

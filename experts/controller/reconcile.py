@@ -9,7 +9,8 @@ from barista.placement import ExpertKey
 from experts.controller.member import Member
 from experts.controller.state import Pool
 
-ACKNOWLEDGE_SECONDS = 10.0  # an engine that is silent for longer is not waited for
+SILENT_SECONDS = 10.0  # engines speak each second: one that is silent for longer is not waited for
+RETURN_SECONDS = 5.0  # after a new controller's start
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +130,18 @@ def _releases(pool: Pool, now: float) -> Iterator[Release]:
 
 
 def _may_release(pool: Pool, member: Member, key: ExpertKey, now: float) -> bool:
-    """The expert is to go, and no engine uses a placement that still names it here."""
+    """The expert is to go, and no engine uses a placement that still names it here.
+
+    After an earlier controller, its engines have a while to come back before that can be said.
+    """
     if member.name in pool.target[key] or key in member.releasing:
         return False
-    withdrawal = member.withdrawn[key]
-    if now - withdrawal.since > ACKNOWLEDGE_SECONDS:
-        return True
-    return all(epoch >= withdrawal.epoch for epoch in pool.engines.values())
+    if pool.succeeds and now - pool.began < RETURN_SECONDS:
+        return False
+    withdrawn = member.withdrawn[key]
+    return all(
+        engine.acknowledged >= withdrawn or now - engine.spoke > SILENT_SECONDS for engine in pool.engines.values()
+    )
 
 
 def _stops(pool: Pool) -> Iterator[Stop]:

@@ -90,7 +90,8 @@ class ControllerService(ControllerServicer):  # type: ignore[misc]  # generated 
                     for expert, count in enumerate(load.tokens)
                     if count
                 }
-                self._pool.engine_said(engine, request.acknowledged_epoch, tokens, self._runner.clock())
+                now = self._runner.clock()
+                self._pool.engine_said(engine, request.term, request.acknowledged_epoch, tokens, now)
                 self._runner.wake()
             await asyncio.Event().wait()
         finally:

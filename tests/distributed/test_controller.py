@@ -289,7 +289,7 @@ def test_an_engines_stream_counts_acknowledges_and_reports_load() -> None:
                     yield await requests.get()
 
             load = pb.LayerLoad(layer=2, tokens=[0, 7, 0, 0])
-            requests.put_nowait(pb.WatchRequest(engine_id="e", acknowledged_epoch=epoch, loads=[load]))
+            requests.put_nowait(pb.WatchRequest(engine_id="e", term=1, acknowledged_epoch=epoch, loads=[load]))
             stream = pool.stub.Watch(said(), metadata=TRUST.metadata)
             await stream.read()
             await pool.until(lambda state: state.engines == 1)
@@ -300,7 +300,7 @@ def test_an_engines_stream_counts_acknowledges_and_reports_load() -> None:
             flipped = await pool.until(lambda state: holders(state) == {"worker-1"})
             assert pool.workers.experts["worker-0"].held
             assert not drain.done()
-            requests.put_nowait(pb.WatchRequest(engine_id="e", acknowledged_epoch=flipped.epoch))
+            requests.put_nowait(pb.WatchRequest(engine_id="e", term=1, acknowledged_epoch=flipped.epoch))
             await drain
             assert not pool.workers.experts["worker-0"].held
             stream.cancel()

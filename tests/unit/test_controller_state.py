@@ -13,9 +13,11 @@ from barista.placement import ExpertKey
 from experts.controller.commands import STALL_SECONDS, Command, Refused, begin_drain, begin_rebalance, begin_scale
 from experts.controller.lease import LEASE_SECONDS, Lease
 from experts.controller.member import Description, Reach
+from experts.controller.picture import PROOFS_SECONDS
 from experts.controller.planning import GRACE_SECONDS, START_SECONDS, problem, tend
 from experts.controller.reconcile import (
-    ACKNOWLEDGE_SECONDS,
+    RETURN_SECONDS,
+    SILENT_SECONDS,
     Action,
     Assign,
     Probe,
@@ -24,7 +26,7 @@ from experts.controller.reconcile import (
     is_settled,
     next_actions,
 )
-from experts.controller.state import MISSES_UNTIL_LOST, PROOFS_SECONDS, TIMEOUTS_UNTIL_LOST, Pool, PoolSettings
+from experts.controller.state import MISSES_UNTIL_LOST, TIMEOUTS_UNTIL_LOST, Pool, PoolSettings
 from experts.controller.wire import by_layer, pool_state, probe_row
 
 SIZE = 100
@@ -131,6 +133,7 @@ class World:
                     assert worker is not None
                     for key in action.experts:
                         worker.held.pop(key, None)
+                    worker.term, worker.epoch = self.pool.term, self.pool.epoch
                     self.pool.released(action.worker, action.incarnation, action.experts)
                 else:
                     self.pool.release_failed(action.worker, action.incarnation, self.now)
@@ -144,6 +147,16 @@ class World:
             self.step()
             while self.under_way:
                 self.carry_out(self.under_way.pop(0))
+
+    def says(self, engine: str, epoch: int | None = None, tokens: dict[ExpertKey, int] | None = None) -> None:
+        """An engine that uses the newest placement, or an older one of this controller."""
+        epoch = self.pool.epoch if epoch is None else epoch
+        self.pool.engine_said(engine, self.pool.term, epoch, tokens or {}, self.now)
+
+    def succeed(self) -> None:
+        """Another controller comes, which knows only the names of the workers."""
+        self.pool = Pool(self.pool.settings, self.now, found=list(self.workers))
+        self.under_way.clear()
 
     def kill(self, name: str) -> None:
         self.workers[name].alive = False
@@ -364,13 +377,13 @@ def test_a_moved_replica_is_named_only_after_its_row_was_compared() -> None:
 
 def test_a_replica_is_released_only_when_every_engine_uses_a_placement_without_it() -> None:
     world = ready(2, redundancy=1)
-    world.pool.engine_said("a", world.pool.epoch, {}, world.now)
-    world.pool.engine_said("b", world.pool.epoch, {}, world.now)
+    world.says("a")
+    world.says("b")
     begin_drain(world.pool, "worker-0", world.now)
     world.run(4)
     assert word(world, "worker-0") == "DRAINING"
     assert world.pool.placement.held_by("worker-0") == frozenset()
-    world.pool.engine_said("a", world.pool.epoch, {}, world.now)
+    world.says("a")
     world.run(1)
     assert word(world, "worker-0") == "DRAINING"
     world.pool.engine_gone("b")
@@ -380,11 +393,15 @@ def test_a_replica_is_released_only_when_every_engine_uses_a_placement_without_i
 
 def test_an_engine_that_stays_silent_is_not_waited_for() -> None:
     world = ready(2, redundancy=1)
-    world.pool.engine_said("a", 0, {}, world.now)
+    old = world.pool.epoch
     begin_drain(world.pool, "worker-0", world.now)
-    world.run(int(ACKNOWLEDGE_SECONDS) - 2)
+    for _ in range(2 * int(SILENT_SECONDS)):  # it speaks, and has not moved on
+        world.says("a", old)
+        world.run(1)
     assert word(world, "worker-0") == "DRAINING"
-    world.run(6)
+    world.run(int(SILENT_SECONDS) - 1)
+    assert word(world, "worker-0") == "DRAINING"
+    world.run(3)
     assert word(world, "worker-0") == "DRAINED"
 
 
@@ -465,7 +482,7 @@ def test_scale_starts_workers_and_stops_those_of_the_highest_numbers() -> None:
 def test_rebalance_spreads_the_reported_load_and_a_dry_run_changes_nothing() -> None:
     world = ready(2, redundancy=1)
     hot = dict.fromkeys(list(world.pool.placement.held_by("worker-0"))[:3], 1000)
-    world.pool.engine_said("a", world.pool.epoch, hot, world.now)
+    world.says("a", tokens=hot)
     target = dict(world.pool.target)
     plan, moves, command = begin_rebalance(world.pool, 0, world.now, dry_run=True)
     assert moves
@@ -527,10 +544,9 @@ def test_a_command_without_progress_ends_and_leaves_the_pool_as_it_is() -> None:
 
 def test_a_new_controller_stands_above_what_the_workers_were_told() -> None:
     world = ready(2)
-    old_term, old_epoch = world.pool.term, world.pool.epoch
-    for worker in world.workers.values():
-        worker.term, worker.epoch = old_term, old_epoch
-    world.pool = Pool(world.pool.settings, world.now, found=list(world.workers))
+    old_term = world.pool.term
+    told = max(worker.epoch for worker in world.workers.values())
+    world.succeed()
     assert world.pool.recovering
     world.describe("worker-0")
     world.step()
@@ -539,9 +555,66 @@ def test_a_new_controller_stands_above_what_the_workers_were_told() -> None:
     world.step()
     assert not world.pool.recovering
     assert world.pool.term > old_term
-    assert world.pool.epoch > old_epoch
+    assert world.pool.epoch > told
     assert world.pool.placement.coverage() == 1
     assert world.under_way == []
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_epochs_go_on_from_what_an_engine_uses_although_no_worker_was_told_of_it(early: bool) -> None:
+    world = ready(2, redundancy=1)
+    for _ in range(3):  # placements without a word to the workers
+        world.kill("worker-0")
+        world.workers["worker-0"].alive = True
+        world.describe("worker-0")
+    used = world.pool.term, world.pool.epoch
+    assert used[1] > 1 + max(worker.epoch for worker in world.workers.values())
+    world.succeed()
+    if early:
+        world.pool.engine_said("a", *used, {}, world.now)
+    world.run(1)
+    world.pool.engine_said("a", *used, {}, world.now)
+    assert world.pool.term > used[0]
+    assert world.pool.epoch > used[1]
+    assert pool_state(world.pool).epoch == world.pool.epoch
+
+
+def test_a_controller_that_knows_of_no_earlier_one_learns_of_it_from_an_engine() -> None:
+    world = ready(2)
+    world.says("b")
+    used = world.pool.epoch + 25
+    world.pool.engine_said("a", world.pool.term, used, {}, world.now)
+    assert world.pool.term == 2
+    assert {engine.acknowledged for engine in world.pool.engines.values()} == {0}
+    assert world.pool.epoch == used + 1
+
+
+def test_what_an_engine_acknowledged_to_an_earlier_controller_releases_nothing() -> None:
+    world = ready(2, redundancy=1)
+    used = world.pool.term, world.pool.epoch
+    world.succeed()
+    begun = False
+    for _ in range(2 * int(RETURN_SECONDS)):
+        world.pool.engine_said("a", used[0], used[1] + 100, {}, world.now)
+        world.run(1)
+        if not begun:
+            begin_drain(world.pool, "worker-0", world.now)
+            begun = True
+    assert word(world, "worker-0") == "DRAINING"
+    world.says("a")
+    world.run(1)
+    assert word(world, "worker-0") == "DRAINED"
+
+
+def test_a_new_controller_lets_engines_come_back_before_it_releases() -> None:
+    world = ready(2, redundancy=1)
+    world.succeed()
+    world.run(1)
+    begin_drain(world.pool, "worker-0", world.now)
+    world.run(int(RETURN_SECONDS) - 2)
+    assert word(world, "worker-0") == "DRAINING"
+    world.run(2)
+    assert word(world, "worker-0") == "DRAINED"
 
 
 def test_the_lease_ends_only_without_keeper_and_engines() -> None:
@@ -624,7 +697,7 @@ def _something_happens(world: World, draw: random.Random, commands: list[Command
         case 1 if not world.workers[name].alive:
             world.workers[name].restart()
         case 2:
-            world.pool.engine_said(draw.choice("ab"), draw.choice([0, world.pool.epoch]), {}, world.now)
+            world.says(draw.choice("ab"), draw.choice([0, world.pool.epoch]))
         case 3:
             world.pool.engine_gone(draw.choice("ab"))
         case 4 if draw.random() < 0.3:
