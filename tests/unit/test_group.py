@@ -287,7 +287,7 @@ def test_a_replica_that_stays_away_is_waited_for_a_second_at_most(fault: str) ->
 
 def test_a_worker_that_hangs_right_after_its_start_is_hedged_whatever_the_budget() -> None:
     with pool(ALL, ALL) as made:
-        made.group._budget.take = lambda: False  # type: ignore[method-assign]
+        made.group._flights.budget.take = lambda: False  # type: ignore[method-assign]
         made.links["a"].faults.append("late")
         before = made.clock.now
         work = batch(8)
