@@ -10,6 +10,7 @@ Without a compiler the functions of experts.kernels.reference stand in, with one
 from __future__ import annotations
 
 from experts.kernels.expert_table import ExpertTable
+from experts.kernels.layer_tables import LayerTables, layer_tables
 from experts.kernels.library import current as compiled
 from experts.kernels.library import load, numerics_id, set_num_threads
 from experts.kernels.ops import attention, gate, linear, moe, rms_norm, rope, silu_mul, store_kv
@@ -18,12 +19,14 @@ from experts.kernels.rows import combine_rows, expert_rows, find_nonfinite
 
 __all__ = [
     "ExpertTable",
+    "LayerTables",
     "attention",
     "combine_rows",
     "compiled",
     "expert_rows",
     "find_nonfinite",
     "gate",
+    "layer_tables",
     "linear",
     "load",
     "moe",

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from experts.kernels import LayerTables
 from experts.kernels.addresses import address_of
 from experts.link import LinkCounters, LinkDown, RowsReply, RowsRequest, RowsStatus
 from experts.transport.window import CLOSED, LATE, MAX_NOT_HELD, READY, Combine, Dispatch, Window
@@ -188,16 +189,30 @@ Observe = Callable[[int, int, int, int, int], None]
 Compute = Callable[[int, Tensor, Tensor, Tensor], Computed]
 
 
-def serve_window(window: Window, compute: Compute, observe: Observe | None = None) -> None:
+def serve_window(
+    window: Window, compute: Compute, observe: Observe | None = None, tables: LayerTables | None = None
+) -> None:
     """The worker's end: answer request after request, in this thread, until the window is closed.
 
+    tables: what compiled code answers by itself, as long as nobody observes; `compute` is then asked for the rest.
     A computation that raises is logged and answered with FAILED. What contradicts the window's shape closes it.
     """
     dispatch, combine = Dispatch(), Combine(size=ctypes.sizeof(Combine))
     dispatch_at, combine_at = ctypes.addressof(dispatch), ctypes.addressof(combine)
-    take, answer = window.functions.bk_window_take, window.functions.bk_window_answer
+    take, serve, answer = (getattr(window.functions, f"bk_window_{verb}") for verb in ("take", "serve", "answer"))
     number = 1
-    while (seen := take(window.end, number, _nanoseconds(time.monotonic() + _TURN_SECONDS), dispatch_at)) != CLOSED:
+    next_number = ctypes.c_uint32()
+
+    def next_request(until: int) -> int:
+        nonlocal number
+        if tables is None or observe is not None:
+            return int(take(window.end, number, until, dispatch_at))
+        next_number.value = number
+        seen: int = serve(window.end, ctypes.addressof(next_number), until, tables.address, dispatch_at)
+        number = next_number.value
+        return seen
+
+    while (seen := next_request(_nanoseconds(time.monotonic() + _TURN_SECONDS))) != CLOSED:
         if seen == LATE:
             continue
         if seen != READY:

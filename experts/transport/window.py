@@ -42,7 +42,7 @@ MAX_NOT_HELD = 1024
 # enum bk_window_result of src/window.cpp
 LATE, READY, CLOSED, MALFORMED = 0, 1, -1, -2
 
-# Name -> (argument types, result type), in the order of src/window.cpp.
+# Name -> (argument types, result type), of src/window.cpp and src/serve.cpp.
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "bk_window_supported": ([], _I),
     "bk_window_locate": ([_P, _U, _P], ctypes.c_uint64),
@@ -50,6 +50,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "bk_window_receive": ([_P, _U, _L, _P], _I),
     "bk_window_take": ([_P, _U, _L, _P], _I),
     "bk_window_answer": ([_P, _U, _P], _I),
+    "bk_window_serve": ([_P, _P, _L, _P, _P], _I),
     "bk_window_close": ([_P], None),
     "bk_window_closed": ([_P], _I),
 }

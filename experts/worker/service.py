@@ -15,6 +15,7 @@ import torch
 from barista.errors import CheckpointError
 from barista.protocol import PROTOCOL_VERSION
 from barista.v1 import experts_pb2 as pb
+from experts import kernels
 from experts.link import RowsStatus
 from experts.numerics import numerics_id
 from experts.transport.grpc import MalformedMessage, RowsServer
@@ -74,7 +75,7 @@ class ExpertsService:
             capacity_bytes=store.capacity_bytes,
             held_bytes=store.held_bytes,
             draining=self._draining,
-            dispatches=self._dispatches,
+            dispatches=self._dispatches + (self._store.tables.served if self._store.tables else 0),
             term=store.term,
             epoch=store.epoch,
         )
@@ -161,7 +162,7 @@ class ExpertsService:
             rows = RowsServer(attach.hidden_size, attach.top_k, self._store.dtype, self._compute, observe)
             yield from map(rows.answer, requests)
         else:
-            _serve_window(window, self._compute, context, observe)
+            _serve_window(window, self._compute, context, observe, self._store.tables)
 
     def _observer(self, engine_id: str) -> Observe | None:
         """What records the computations of one stream of an engine."""
@@ -211,12 +212,18 @@ class ExpertsService:
                 self._dispatches += 1
 
 
-def _serve_window(window: Window, compute: Any, context: grpc.ServicerContext, observe: Observe | None) -> None:
+def _serve_window(
+    window: Window,
+    compute: Any,
+    context: grpc.ServicerContext,
+    observe: Observe | None,
+    tables: kernels.LayerTables | None,
+) -> None:
     """Serve until the stream ends, in whatever way, or the engine closes the window."""
     if not context.add_callback(window.close):
         window.close()
     try:
-        serve_window(window, compute, observe)
+        serve_window(window, compute, observe, tables)
     finally:
         window.close()
 

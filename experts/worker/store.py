@@ -82,6 +82,7 @@ class ExpertStore:
             ) from error
         self._reader = ExpertReader(checkpoint, self.dtype)
         self._manifest = DigestManifest(checkpoint, self.model_digest)
+        self.tables = kernels.layer_tables(max(model.layers) + 1)  # what is held, for compiled code
         self._layers: Mapping[int, _Layer] = {}
         self._held: tuple[Mapping[int, _Layer], tuple[Held, ...]] = self._layers, ()
         self._lock = threading.Lock()
@@ -169,6 +170,8 @@ class ExpertStore:
             raise Fenced(f"term {term} was replaced by term {self.term}")
         if term:
             self.term, self.epoch = max((self.term, self.epoch), (term, epoch))
+            if self.tables is not None:
+                self.tables.set_epoch(self.epoch)
 
     def _missing(self, layer: int, ids: Iterable[int]) -> list[int]:
         held = self._layers.get(layer)
@@ -205,7 +208,12 @@ class ExpertStore:
     def _replace(self, index: int, weights: Mapping[int, ExpertWeights], digests: Mapping[int, bytes]) -> None:
         """Let a layer hold exactly these weights. Readers have the old mapping or the new one, and never wait."""
         layers = {layer: held for layer, held in self._layers.items() if layer != index}
+        spec = self.model.layers[index]
+        sizes = {"hidden_size": spec.hidden_size, "intermediate_size": spec.intermediate_size}
+        dtype = next(iter(weights.values()))[0].dtype if weights else self.dtype
+        table = kernels.ExpertTable(weights, spec.num_experts, dtype=dtype, **sizes)
         if weights:
-            table = kernels.ExpertTable(weights, self.model.layers[index].num_experts)
             layers[index] = _Layer(weights, {expert: digests[expert] for expert in weights}, table)
         self._layers = layers
+        if self.tables is not None:
+            self.tables.set(index, table)

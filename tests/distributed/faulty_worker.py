@@ -45,6 +45,10 @@ def _fault() -> tuple[str, str]:
 
 
 class FaultyStore(ExpertStore):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.tables = None  # every request comes by `compute`
+
     def compute(self, layer: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor, out: torch.Tensor) -> Computed:
         fault, argument = _fault()
         if fault == "not_held":
