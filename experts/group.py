@@ -46,13 +46,16 @@ class WorkerGroup:
         self.epoch_in_use = routing.epoch
         topk_ids = batch.topk_ids.numpy()
         layer = Layer(batch, topk_ids, np.zeros(topk_ids.shape, dtype=np.int64), now)
-        layer.sent = self._express.dispatch(layer, routing)
+        if self._recovery.given_up:
+            self._recovery.forsake(layer, routing)
+        layer.sent = None if layer.hopeless else self._express.dispatch(layer, routing)
         if layer.sent is not None:
             for share in layer.sent.shares:
                 self._flights.count(share.member, share.num_pairs)
         else:
-            owner = kernels.route(topk_ids, routing.replicas, routing.cost, EXPERT_COST)
-            layer.missing = self._flights.send_to_owners(layer, topk_ids, owner, routing)
+            wanted = layer.wanted
+            owner = kernels.route(wanted, routing.replicas, routing.cost, EXPERT_COST)
+            layer.missing = self._flights.send_to_owners(layer, wanted, owner, routing)
             if UNHELD in owner:
                 layer.recount()
         self.counters.layers += 1
@@ -105,5 +108,5 @@ class WorkerGroup:
         for flight in list(layer.flights):  # the common case: each worker answers in its time
             if not flight.done:
                 self._flights.receive(layer, flight, flight.started + flight.member.liveness.hedge_after(flight.work))
-        while layer.missing:
-            self._recovery.attend(layer)
+        if layer.missing:
+            self._recovery.gather(layer)

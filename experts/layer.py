@@ -82,6 +82,14 @@ class Layer:
         return self.batch.hidden_states.shape[1] * self.batch.hidden_states.itemsize
 
     @property
+    def wanted(self) -> np.ndarray:
+        """[num_tokens, k] int32: topk_ids, with -1 for what is hopeless."""
+        if not self.hopeless:
+            return self.topk_ids
+        hopeless = np.isin(self.topk_ids, list(self.hopeless))
+        return np.where(hopeless, np.int32(-1), self.topk_ids)
+
+    @property
     def absent(self) -> np.ndarray:
         """[num_tokens, k] bool: pairs whose rows have not come in."""
         missing: np.ndarray = (self.addresses == 0) & (self.topk_ids >= 0)
@@ -89,10 +97,7 @@ class Layer:
 
     def recount(self) -> None:
         """Bring `missing` up to date with the addresses and with what is hopeless."""
-        absent = self.absent
-        if self.hopeless:
-            absent &= ~np.isin(self.topk_ids, list(self.hopeless))
-        self.missing = int(np.count_nonzero(absent))
+        self.missing = int(np.count_nonzero((self.addresses == 0) & (self.wanted >= 0)))
 
     def give_up(self, experts: Iterable[int]) -> None:
         """Wait for these experts no longer."""

@@ -16,14 +16,18 @@ from experts.roster import Roster, Routing
 POLL_SECONDS = 0.0005
 # A worker that is late for so long, and the only one with an expert, is given up: a survivor loads the expert.
 HANG_SECONDS = 1.0
-# How long a layer may wait for experts that nobody holds, before the rows that need them fail.
+# How long a step may wait for experts that nobody holds, before the rows that need them fail.
 LOAD_SECONDS = 30.0
 # How long it may wait for a replica that is out of reach, when those in reach have failed.
 SECOND_OPINION_SECONDS = 1.0
 
 
 class Recovery:
-    """Hedges, resends and gives up for a worker group."""
+    """Hedges, resends and gives up for a worker group.
+
+    given_up: layer -> experts that a step has waited for in vain; nobody waits for them again until somebody who can
+    answer holds them.
+    """
 
     def __init__(
         self,
@@ -38,9 +42,36 @@ class Recovery:
         self._flights = flights
         self._counters = counters
         self._clock = clock
+        self.given_up: dict[int, set[int]] = {}
+        self._step = -1
+        self._waited = 0.0  # seconds, in this step so far
 
-    def attend(self, layer: Layer) -> None:
-        """One look at a layer that does not come in as it should."""
+    def forsake(self, layer: Layer, routing: Routing) -> None:
+        """Give up the layer's experts that have been given up before, but for those that are back."""
+        number = layer.batch.layer
+        experts = self.given_up.get(number)
+        if not experts:
+            return
+        experts -= {expert for expert in experts if any(map(routing.can_answer, routing.holders[expert]))}
+        if not experts:
+            del self.given_up[number]
+        lost = experts.intersection(layer.topk_ids.flat)
+        if lost:
+            layer.give_up(lost)
+            self._loader.want(number)
+
+    def gather(self, layer: Layer) -> None:
+        """Bring in every row that can still be had."""
+        step = layer.batch.step
+        if step != self._step:
+            self._step, self._waited = step, 0.0
+        since = self._clock()
+        while layer.missing:
+            self._attend(layer, since)
+        self._waited += self._clock() - since
+
+    def _attend(self, layer: Layer, since: float) -> None:
+        """One look at a layer that does not come in as it should. since: when the first was taken."""
         now = self._clock()
         for flight in list(layer.flights):
             if flight.done:
@@ -50,11 +81,11 @@ class Recovery:
         carried = np.zeros(layer.topk_ids.shape, dtype=np.bool_)
         for flight in layer.flights:
             carried |= flight.owed(carried.shape) >= 0
-        orphans = np.where(carried | (layer.addresses != 0), np.int32(-1), layer.topk_ids)
+        orphans = np.where(carried | (layer.addresses != 0), np.int32(-1), layer.wanted)
         if (orphans >= 0).any():
             self._resend(layer, orphans, now)
-        if now - layer.started > LOAD_SECONDS:
-            layer.give_up(np.unique(layer.topk_ids[layer.absent]).tolist())
+        if self._waited + now - since > LOAD_SECONDS:
+            self._give_up(layer)
             return
         waiting = [flight for flight in layer.flights if not flight.done]
         if not waiting:
@@ -79,6 +110,13 @@ class Recovery:
         layer.addresses[retried] = 0
         layer.recount()
         return bool(retried.any())
+
+    def _give_up(self, layer: Layer) -> None:
+        """Wait no longer for what is absent, nor, in the layers and steps to come, for anything that nobody holds."""
+        absent = np.unique(layer.topk_ids[layer.absent]).tolist()
+        layer.give_up(absent)
+        for number, expert in (*self._roster.uncovered(well=True), *((layer.batch.layer, expert) for expert in absent)):
+            self.given_up.setdefault(number, set()).add(expert)
 
     def _judge(self, layer: Layer, flight: Flight, now: float) -> None:
         """Ask another replica for what a slow worker carries: within the hedges' budget, and in any case once late."""

@@ -89,6 +89,12 @@ class Routing:
             replicas[expert, : len(indices)] = indices
         return cls(epoch, members, holders, fitness, replicas, np.ones(max(1, len(members)), dtype=np.float32))
 
+    def can_answer(self, index: int) -> bool:
+        """Whether this member is in reach, and not a suspect that owes an answer already."""
+        link = self.members[index].link
+        fitness = self.fitness[index]
+        return fitness > SUSPECT or (fitness == SUSPECT and link is not None and not link.outstanding)
+
     def without(self, pairs: Iterable[tuple[int, int]]) -> Routing:
         """The same if these (member index, expert) were not there."""
         gone = set(pairs)

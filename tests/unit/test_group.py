@@ -233,6 +233,35 @@ def test_past_the_limit_only_the_tokens_fail_that_need_the_missing_expert() -> N
         assert torch.equal(rows[~failed], expected[~failed])
 
 
+@pytest.mark.parametrize("fault", ["down", "late"])
+def test_an_outage_is_waited_for_once_and_not_in_each_layer(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experts.recovery.LOAD_SECONDS", 2.0)
+    with pool((0, 1, 2), (3, 4, 5)) as made:
+        made.member("a").attaching = True  # nobody brings it back
+        made.links["a"].faults.append(fault)
+
+        def tick(seconds: float) -> None:
+            made.clock.now += 0.1
+
+        made.roster.wait_changed = tick  # type: ignore[method-assign]
+        few = batch(8, k=2)
+        few[1][few[1] == 2] = 3  # an expert of the same worker that nobody has asked for yet
+        _, failed = made.run(few)
+        assert failed.tolist() == (few[1] < 3).any(dim=1).tolist()
+        before, wanted = made.clock.now, len(made.loader.wanted)
+        for seed in range(5):
+            work = batch(8, k=2, seed=seed)
+            rows, failed = made.run(work)
+            assert failed.tolist() == (work[1] < 3).any(dim=1).tolist()
+            expected, _ = kernels.moe(*work, TABLE)
+            assert torch.equal(rows[~failed], expected[~failed])
+        assert made.clock.now - before < 0.1
+        assert len(made.loader.wanted) > wanted  # but not forgotten
+        made.links["b"].held |= set(ALL)
+        made.roster.loaded(made.member("b"), [(0, e) for e in ALL])  # type: ignore[arg-type]
+        assert_same_cup(made.run(work), work)
+
+
 @pytest.mark.parametrize("fault", ["down", "failed", "nan", "not_held"])
 def test_the_next_layer_is_not_disturbed(fault: str) -> None:
     with pool(ALL, ALL, ALL) as made:
