@@ -84,6 +84,11 @@ class Liveness:
         self._rates.clear()  # what it did while it was ill says nothing of how it does when it is well
         self._answers = 0
 
+    @property
+    def quarantined(self) -> bool:
+        """Whether a quarantine has begun that nobody has seen the end of."""
+        return self._suspect_until is not None
+
     def suspect(self, now: float, outstanding: int) -> bool:
         """True while it is quarantined: for its time, and for as long as it owes an answer from before."""
         if self._suspect_until is None:

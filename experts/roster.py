@@ -124,6 +124,7 @@ class Roster:
         self._view: PoolView | None = None
         self._version = 0
         self._cached: tuple[object, ...] = ()
+        self._settled = -1  # the version in which nobody was suspect or owed an answer when last looked at
         self._routings: dict[int, Routing] = {}
         self._closed = False
         self._check = threading.Event()
@@ -163,10 +164,13 @@ class Roster:
     def routing(self, layer: int, now: float) -> Routing:
         """Who to ask at this moment."""
         members = self.members
-        state = (self._version, *[_fitness(member, now) for member in members])
-        if state != self._cached:
-            self._cached = state
-            self._routings.clear()
+        if self._version != self._settled or not all(map(_quiet, members)):
+            fitness = [_fitness(member, now) for member in members]
+            state = (self._version, *fitness)
+            if state != self._cached:
+                self._cached = state
+                self._routings.clear()
+            self._settled = -1 if SUSPECT in fitness or BUSY in fitness else self._version
         found = self._routings.get(layer)
         if found is None:
             found = self._routings[layer] = self._route(layer, members, now)
@@ -308,6 +312,12 @@ class Roster:
             self._change()
         if closed and member.link is not None:
             member.link.close()
+
+
+def _quiet(member: Member) -> bool:
+    """Whether its fitness cannot have changed but by what changes the version: the look that every layer takes."""
+    link = member.link
+    return (link is None or not link.outstanding) and not member.liveness.quarantined
 
 
 def _fitness(member: Member, now: float) -> int:

@@ -291,6 +291,7 @@ def test_a_replica_that_is_away_for_a_moment_is_asked_when_it_is_back(fault: str
 
         def back(seconds: float) -> None:
             made.links["b"]._down = False
+            made.roster.lost(made.member("b"))  # a change, as attaching is
 
         made.roster.wait_changed = back  # type: ignore[method-assign]
         work = batch(8)
