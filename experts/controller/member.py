@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -65,6 +66,7 @@ class Member:
     misses: int = 0
     changes: int = 0
     retry_at: float = 0.0
+    restarted_at: float = -math.inf
     given_up: bool = False
     held: dict[ExpertKey, bytes] = field(default_factory=dict)
     proven: set[ExpertKey] = field(default_factory=set)

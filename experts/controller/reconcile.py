@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from barista.placement import ExpertKey
-from experts.controller.member import Member
+from experts.controller.member import Member, Reach
 from experts.controller.state import Pool
 
 SILENT_SECONDS = 10.0  # engines speak each second: one that is silent for longer is not waited for
 RETURN_SECONDS = 5.0  # after a new controller's start
+HUNG_SECONDS = 60.0  # a worker that is lost for so long is not coming back as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,14 @@ class Stop:
     worker: str
 
 
-Action = Assign | Probe | Release | Stop
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Replace this worker's process, if there is one: it may run and yet not answer."""
+
+    worker: str
+
+
+Action = Assign | Probe | Release | Stop | Restart
 
 
 def next_actions(pool: Pool, now: float) -> list[Action]:
@@ -57,8 +65,22 @@ def next_actions(pool: Pool, now: float) -> list[Action]:
         return []
     pool.take_term()
     actions: list[Action] = [*_assigns(pool, now), *_probes(pool), *_releases(pool, now), *_stops(pool)]
+    actions += _restarts(pool, now)
     pool.settled = pool.settled or (not pool.placement.uncovered() and is_settled(pool))
     return actions
+
+
+def ended(pool: Pool, action: Action, error: str, now: float) -> None:
+    """An action is over, well or not (error); it is not under way any more."""
+    match action:
+        case Assign():
+            pool.assign_ended(action.worker, action.incarnation, error, now)
+        case Probe() if error:
+            pool.probe_failed(action.worker, action.incarnation, action.expert)
+        case Release() if error:
+            pool.release_failed(action.worker, action.incarnation, now)
+        case Stop() if error and action.worker in pool.members:
+            pool.members[action.worker].stopping = False
 
 
 def is_settled(pool: Pool) -> bool:
@@ -149,3 +171,11 @@ def _stops(pool: Pool) -> Iterator[Stop]:
         if member.leaving and not member.stopping and (not member.live or not (member.held or member.loading)):
             member.stopping = True
             yield Stop(member.name)
+
+
+def _restarts(pool: Pool, now: float) -> Iterator[Restart]:
+    for member in pool.sorted_members():
+        left_alone = now - max(member.since, member.restarted_at)
+        if member.reach is Reach.LOST and not member.stopping and left_alone > HUNG_SECONDS:
+            member.restarted_at = now
+            yield Restart(member.name)

@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
-import grpc
-
 from barista.errors import BaristaError
-from barista.placement import ExpertKey
 from barista.trust import Trust
-from barista.v1 import experts_pb2 as pb
-from barista.v1.experts_pb2_grpc import ExpertsStub
-from experts.controller.member import Member, Reach
+from experts.controller import calls
+from experts.controller.calls import CallFailed, WorkerCalls
+from experts.controller.member import Member
 from experts.controller.planning import tend
-from experts.controller.reconcile import Action, Assign, Probe, Release, Stop, next_actions
+from experts.controller.reconcile import Action, Assign, Probe, Release, Restart, Stop, ended, next_actions
 from experts.controller.state import Pool
-from experts.controller.wire import by_layer, description_of, digests_of
 
 log = logging.getLogger(__name__)
 
 DESCRIBE_SECONDS = 0.5
-DESCRIBE_TIMEOUT = 2.0
 RETRY_SECONDS = 0.1  # after a call that nobody took
 RELOCATE_SECONDS = 2.0  # after a worker that cannot serve
-CALL_TIMEOUT = 10.0
 PROBES_AT_ONCE = 8
 TICK_SECONDS = 0.25
 
@@ -56,13 +52,23 @@ class Workers(Protocol):
         """
         ...
 
+    async def restart(self, name: str) -> None:
+        """End a worker that runs but does not answer, so that another process takes its place.
+
+        Nothing happens to one that is being started anyway.
+        """
+        ...
+
     async def stop(self, name: str) -> None:
         """End a worker for good."""
         ...
 
 
 class Runner:
-    """One pool at work. `changed` wakes whoever watches it. probe_row: what `Probe` compares."""
+    """One pool at work. `changed` wakes whoever watches it.
+
+    probe_row: what `Probe` compares. stall_seconds: an Assign without a report for so long is given up.
+    """
 
     def __init__(
         self,
@@ -71,13 +77,15 @@ class Runner:
         trust: Trust,
         probe_row: bytes,
         clock: Callable[[], float] = time.monotonic,
+        stall_seconds: float = calls.STALL_SECONDS,
     ) -> None:
         self.pool = pool
         self.workers = workers
         self.clock = clock
         self._trust = trust
         self._probe_row = probe_row
-        self._stubs: dict[str, ExpertsStub] = {}
+        self._stall_seconds = stall_seconds
+        self._calls: dict[str, WorkerCalls] = {}
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -120,7 +128,8 @@ class Runner:
     async def _step(self) -> None:
         now = self.clock()
         for name in self.pool.members.keys() - self._followers.keys():
-            self._followers[name] = asyncio.create_task(self._follow(name))
+            follower = self._followers[name] = asyncio.create_task(self._follow(name))
+            follower.add_done_callback(partial(self._follower_ended, name))
         tend(self.pool, now)
         for action in next_actions(self.pool, now):
             self._spawn(self._carry_out(action))
@@ -142,9 +151,14 @@ class Runner:
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("The controller failed.", exc_info=task.exception())
         self.wake()
+
+    def _follower_ended(self, name: str, task: asyncio.Task[None]) -> None:
+        """A follower ends with its worker. One that has failed is replaced at the next tick, not sooner."""
+        if self._followers.get(name) is task:
+            del self._followers[name]
+        if not task.cancelled() and task.exception() is not None:
+            log.error("The controller lost sight of %s.", name, exc_info=task.exception())
 
     # ------------------------------------------------------------------ following one worker
 
@@ -160,85 +174,89 @@ class Runner:
                 continue
             self.pool.located(name, where.address, where.node, where.domain)
             async with self._trust.aio_channel(where.address) as channel:
-                self._stubs[name] = ExpertsStub(channel)
+                self._calls[name] = WorkerCalls(channel, where.address, self._trust, self._stall_seconds)
                 try:
                     await self._describe_until_gone(member)
                 finally:
-                    self._stubs.pop(name, None)
+                    self._calls.pop(name, None)
 
     async def _describe_until_gone(self, member: Member) -> None:
-        """Ends when nobody listens at its address any more."""
-        stub = self._stubs[member.name]
+        """Ends when the worker does not listen at its address any more."""
+        worker = self._calls[member.name]
         misses = 0
         while self.pool.members.get(member.name) is member:
             changes = member.changes
             try:
-                reply = await stub.Describe(
-                    pb.DescribeRequest(), timeout=DESCRIBE_TIMEOUT, metadata=self._trust.metadata
-                )
+                description = await worker.describe()
                 misses = 0
-                self.pool.described(member.name, description_of(reply), self.clock(), asked_at=changes)
-                if member.live and reply.draining != member.draining:
-                    request = pb.DrainRequest(draining=member.draining)
-                    await stub.Drain(request, timeout=DESCRIBE_TIMEOUT, metadata=self._trust.metadata)
-            except grpc.aio.AioRpcError as error:
-                gone = error.code() is grpc.StatusCode.UNAVAILABLE
-                misses += gone
-                self._miss(member, error)
-                if misses > 1 and member.reach is not Reach.LIVE:
+                self.pool.described(member.name, description, self.clock(), asked_at=changes)
+                if member.live and description.draining != member.draining:
+                    await worker.drain(member.draining)
+            except CallFailed as failure:
+                misses += failure.gone
+                self._miss(member, failure)
+                if misses > 1 and not member.live:
                     return
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             self.wake()
             await asyncio.sleep(DESCRIBE_SECONDS)
 
-    def _miss(self, member: Member, error: grpc.aio.AioRpcError) -> None:
+    def _miss(self, member: Member, failure: CallFailed) -> None:
         was_live = member.live
-        silent = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        detail = "It does not answer." if silent else f"Nobody answers at {member.address}: {error.details()}"
-        self.pool.unreachable(member.name, detail, self.clock(), timeout=silent)
+        self.pool.unreachable(member.name, str(failure), self.clock(), timeout=failure.silent)
         if was_live and not member.live:
-            log.warning("%s is lost. %s", member.name, detail)
+            log.warning("%s is lost. %s", member.name, failure)
             self.wake()
 
     # ------------------------------------------------------------------ actions
 
     async def _carry_out(self, action: Action) -> None:
-        match action:
-            case Assign():
-                await self._assign(action)
-            case Probe():
-                async with self._probing:
-                    await self._probe(action)
-            case Release():
-                await self._release(action)
-            case Stop():
-                await self._stop(action)
+        """Do it; if that fails, it is not under way any more, and is tried again if it is still wanted."""
+        error = ""
+        often = isinstance(action, Probe | Release)
+        try:
+            match action:
+                case Assign():
+                    await self._assign(action)
+                case Probe():
+                    async with self._probing:
+                        await self._probe(action)
+                case Release():
+                    await self._release(action)
+                case Restart():
+                    await self.workers.restart(action.worker)
+                case Stop():
+                    await self.workers.stop(action.worker)
+                    await self.forget(action.worker)
+        except (CallFailed, BaristaError) as failure:
+            error = str(failure)
+            log.log(
+                logging.INFO if often else logging.WARNING,
+                "%s: %s failed: %s",
+                action.worker,
+                type(action).__name__,
+                error,
+            )
+        except Exception as failure:
+            error = f"The controller failed: {failure!r}"
+            log.exception("%s: %s failed", action.worker, type(action).__name__)
+        if error and not isinstance(action, Assign):
+            await asyncio.sleep(RETRY_SECONDS if often else RELOCATE_SECONDS)
+        ended(self.pool, action, error, self.clock())
 
     async def _assign(self, action: Assign) -> None:
-        stub = self._stubs.get(action.worker)
-        error = ""
-        try:
-            if stub is not None:
-                request = pb.AssignRequest(term=self.pool.term, epoch=self.pool.epoch, experts=by_layer(action.experts))
-                async for progress in stub.Assign(request, metadata=self._trust.metadata):
-                    digests = digests_of(progress.loaded)
-                    self.pool.loaded(action.worker, action.incarnation, digests, self.clock())
-                    self.wake()
-        except grpc.aio.AioRpcError as failure:
-            error = failure.details() or failure.code().name
-            log.warning("%s cannot load %d experts: %s", action.worker, len(action.experts), error)
-        self.pool.assign_ended(action.worker, action.incarnation, error, self.clock())
+        worker = self._worker(action.worker)
+        async with contextlib.aclosing(worker.assign(action.experts, self.pool.term, self.pool.epoch)) as reports:
+            async for digests in reports:
+                self.pool.loaded(action.worker, action.incarnation, digests, self.clock())
+                self.wake()
 
     async def _probe(self, action: Probe) -> None:
-        try:
-            ours, theirs = await asyncio.gather(
-                self._probe_one(action.worker, action.expert), self._probe_one(action.reference, action.expert)
-            )
-        except (grpc.aio.AioRpcError, KeyError):
-            self.pool.probe_failed(action.worker, action.incarnation, action.expert)
-            await asyncio.sleep(RETRY_SECONDS)
-            return
+        ours, theirs = await asyncio.gather(
+            self._worker(action.worker).probe(action.expert, self._probe_row),
+            self._worker(action.reference).probe(action.expert, self._probe_row),
+        )
         layer, expert = action.expert
         fault = (
             ""
@@ -248,22 +266,12 @@ class Runner:
         )
         self.pool.proved(action.worker, action.incarnation, action.expert, fault, self.clock())
 
-    async def _probe_one(self, worker: str, key: ExpertKey) -> bytes:
-        request = pb.ProbeRequest(layer=key[0], expert=key[1], row=self._probe_row)
-        reply = await self._stubs[worker].Probe(request, timeout=CALL_TIMEOUT, metadata=self._trust.metadata)
-        row: bytes = reply.row
-        return row
-
     async def _release(self, action: Release) -> None:
-        request = pb.ReleaseRequest(term=self.pool.term, epoch=self.pool.epoch, experts=by_layer(action.experts))
-        try:
-            await self._stubs[action.worker].Release(request, timeout=CALL_TIMEOUT, metadata=self._trust.metadata)
-        except (grpc.aio.AioRpcError, KeyError):
-            await asyncio.sleep(RETRY_SECONDS)
-            self.pool.release_failed(action.worker, action.incarnation, self.clock())
-            return
+        await self._worker(action.worker).release(action.experts, self.pool.term, self.pool.epoch)
         self.pool.released(action.worker, action.incarnation, action.experts)
 
-    async def _stop(self, action: Stop) -> None:
-        await self.workers.stop(action.worker)
-        await self.forget(action.worker)
+    def _worker(self, name: str) -> WorkerCalls:
+        calls_of = self._calls.get(name)
+        if calls_of is None:
+            raise CallFailed("It is out of reach.", gone=True)
+        return calls_of

@@ -18,6 +18,7 @@ from barista.v1 import controller_pb2 as pb
 from barista.v1 import experts_pb2
 from barista.v1.controller_pb2_grpc import ControllerStub
 from barista.v1.experts_pb2_grpc import ExpertsServicer, add_ExpertsServicer_to_server
+from experts.controller.calls import failure
 from experts.controller.runner import Location, Runner
 from experts.controller.service import serve
 from experts.controller.state import Pool, PoolSettings
@@ -31,7 +32,7 @@ TIMEOUT = 10.0
 class FakeExperts(ExpertsServicer):
     """Holds digests instead of weights."""
 
-    def __init__(self, name: str, incarnation: int, capacity: int, row: bytes, refusal: str) -> None:
+    def __init__(self, name: str, incarnation: int, capacity: int, row: bytes, refusal: str, stalls: bool) -> None:
         self.name = name
         self.incarnation = f"{name} {incarnation}"
         self.capacity = capacity
@@ -40,6 +41,7 @@ class FakeExperts(ExpertsServicer):
         self.fence = (0, 0)
         self.row = row
         self.refusal = refusal
+        self.stalls = stalls
 
     async def Describe(self, request: Any, context: Any) -> experts_pb2.DescribeReply:
         return experts_pb2.DescribeReply(
@@ -60,6 +62,8 @@ class FakeExperts(ExpertsServicer):
     async def Assign(self, request: Any, context: Any) -> AsyncIterator[experts_pb2.AssignProgress]:
         if self.refusal:
             await context.abort(grpc.StatusCode.DATA_LOSS, self.refusal)
+        if self.stalls:
+            await asyncio.Event().wait()
         self.fence = (request.term, request.epoch)
         for layer in request.experts:
             keys = [(layer.layer, expert) for expert in layer.experts]
@@ -89,6 +93,9 @@ class FakeWorkers:
     room: int = 4
     row: bytes = b"row"
     refusal: str = ""
+    stalls: bool = False
+    trust: Trust = TRUST
+    bugs: list[str] = field(default_factory=list)
     experts: dict[str, FakeExperts] = field(default_factory=dict)
     servers: dict[str, tuple[grpc.aio.Server, str]] = field(default_factory=dict)
     lives: dict[str, int] = field(default_factory=dict)
@@ -99,21 +106,31 @@ class FakeWorkers:
         self.lives.update(dict.fromkeys(names, 0))
 
     async def locate(self, name: str, capacity_bytes: int) -> Location:
+        self._fail("locate")
         while name not in self.lives:
             await asyncio.sleep(0.01)
         if name not in self.servers:
             self.lives[name] += 1
-            self.experts[name] = FakeExperts(name, self.lives[name], self.capacity, self.row, self.refusal)
-            server = grpc.aio.server(interceptors=[TRUST.aio_interceptor()])
+            self.experts[name] = FakeExperts(name, self.lives[name], self.capacity, self.row, self.refusal, self.stalls)
+            server = grpc.aio.server(interceptors=[self.trust.aio_interceptor()])
             add_ExpertsServicer_to_server(self.experts[name], server)
             port = TRUST.add_port(server, "127.0.0.1:0")
             await server.start()
             self.servers[name] = (server, f"127.0.0.1:{port}")
         return Location(self.servers[name][1], "node")
 
+    async def restart(self, name: str) -> None:
+        await self.kill(name)
+
     async def stop(self, name: str) -> None:
+        self._fail("stop")
         self.lives.pop(name, None)
         await self.kill(name)
+
+    def _fail(self, where: str) -> None:
+        if where in self.bugs:
+            self.bugs.remove(where)
+            raise RuntimeError(where)
 
     async def kill(self, name: str) -> None:
         if name in self.servers:
@@ -134,7 +151,7 @@ class Harness:
         )
         self.workers = workers
         self.pool = Pool(settings)
-        self.runner = Runner(self.pool, workers, TRUST, b"probe")
+        self.runner = Runner(self.pool, workers, TRUST, b"probe", stall_seconds=0.2)
         self.address = ""
         self.stub: Any = None
 
@@ -331,6 +348,50 @@ def test_what_a_checkpoint_lacks_is_told_as_the_problem() -> None:
             assert (await pool.ready()).problem == ""
 
     run(scenario())
+
+
+def test_a_worker_that_loads_nothing_for_too_long_is_told_as_the_problem_and_asked_again() -> None:
+    async def scenario() -> None:
+        async with pool_of(1, stalls=True) as pool:
+            state = await pool.until(lambda state: "loaded nothing" in state.problem)
+            assert "Check the disk" in state.problem
+            pool.workers.experts["worker-0"].stalls = False
+            assert (await pool.ready()).problem == ""
+
+    run(scenario())
+
+
+def test_a_worker_of_another_pool_is_named() -> None:
+    async def scenario() -> None:
+        async with pool_of(1, trust=Trust("another token")) as pool:
+            state = await pool.until(lambda state: "token" in state.problem)
+            assert state.workers[0].address in state.problem
+            await pool.workers.kill("worker-0")
+            pool.workers.trust = TRUST
+            assert (await pool.ready()).problem == ""
+
+    run(scenario())
+
+
+def test_a_bug_in_one_step_stops_neither_the_following_of_a_worker_nor_the_actions() -> None:
+    async def scenario() -> None:
+        async with pool_of(2, bugs=["locate", "stop"]) as pool:
+            await pool.ready()
+            state = await pool.stub.Scale(pb.ScaleRequest(workers=1), metadata=TRUST.metadata)
+            assert [worker.name for worker in state.workers] == ["worker-0"]
+            assert pool.workers.bugs == []
+
+    run(scenario())
+
+
+def test_a_failed_handshake_is_told_with_what_the_certificates_need() -> None:
+    details = "failed to connect to all addresses; last error: Ssl handshake failed: CERTIFICATE_VERIFY_FAILED"
+    metadata = grpc.aio.Metadata()
+    failed = failure("h:1", grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, metadata, metadata, details))
+    assert failed.gone
+    assert "--tls-dir" in str(failed)
+    refused = failure("h:1", grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, metadata, metadata, "refused"))
+    assert "--tls-dir" not in str(refused)
 
 
 async def _await(call: Any) -> Any:

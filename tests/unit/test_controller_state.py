@@ -16,12 +16,14 @@ from experts.controller.member import Description, Reach
 from experts.controller.picture import PROOFS_SECONDS
 from experts.controller.planning import GRACE_SECONDS, START_SECONDS, problem, tend
 from experts.controller.reconcile import (
+    HUNG_SECONDS,
     RETURN_SECONDS,
     SILENT_SECONDS,
     Action,
     Assign,
     Probe,
     Release,
+    Restart,
     Stop,
     is_settled,
     next_actions,
@@ -106,6 +108,9 @@ class World:
 
     def carry_out(self, action: Action) -> None:
         """As a worker would, if it is still the same one; otherwise the action comes to nothing."""
+        if isinstance(action, Restart):
+            self.workers[action.worker].restart()
+            return
         if isinstance(action, Stop):
             del self.workers[action.worker]
             self.pool.remove(action.worker, self.now)
@@ -279,6 +284,30 @@ def test_a_worker_that_stays_away_is_replaced_after_the_grace_time() -> None:
     assert 1 in world.replicas()
     world.run(5)
     assert world.replicas() == [2] * 12
+
+
+def test_a_worker_that_hangs_is_restarted_after_a_minute_and_again_only_after_another() -> None:
+    world = ready(2)
+    world.kill("worker-1")
+    asked = []
+    for _ in range(int(2 * HUNG_SECONDS) + 10):
+        world.now += 1
+        world.step()
+        asked += [world.now for action in world.under_way if action == Restart("worker-1")]
+        world.under_way.clear()
+    assert len(asked) == 2
+    assert asked[0] - world.pool.members["worker-1"].since > HUNG_SECONDS
+    assert asked[1] - asked[0] > HUNG_SECONDS
+    world.run(int(HUNG_SECONDS) + 1)
+    assert word(world, "worker-1") == "READY"
+
+
+def test_the_reason_why_a_worker_does_not_start_is_told() -> None:
+    world = World(1)
+    world.pool.unreachable("worker-0", "No trusted connection.", world.now)
+    assert "worker-0: No trusted connection." in problem(world.pool)
+    world.run()
+    assert problem(world.pool) == world.pool.members["worker-0"].detail == ""
 
 
 def test_survivors_without_room_give_up_redundant_replicas_for_coverage() -> None:
