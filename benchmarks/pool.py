@@ -118,7 +118,13 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
 @asynccontextmanager
 async def started_pool(args: argparse.Namespace, path: Path) -> AsyncIterator[tuple[PoolProcess, PoolAddress]]:
     """The workers, as `barista serve` starts them."""
-    config = ServeConfig(model=str(path), workers=args.workers, worker_threads=args.threads, transport=args.transport)
+    config = ServeConfig(
+        model=str(path),
+        workers=args.workers,
+        worker_threads=args.threads,
+        transport=args.transport,
+        tls_dir=args.tls_dir,
+    )
     pool = pool_process(config, path)
     try:
         yield pool, await pool.start(lambda fraction, message: progress(message))
