@@ -42,18 +42,21 @@ class _Member(ctypes.Structure):
         ("answered", _L),
         ("epoch", ctypes.c_uint64),
         ("compute_nanoseconds", ctypes.c_uint64),
+        ("waited", ctypes.c_uint64),
     )
 
 
 @dataclass(slots=True)
 class Share:
-    """What one worker was sent. link: as of then. answered: CLOCK_MONOTONIC seconds, once it has."""
+    """What one worker was sent. link: as of then. answered: CLOCK_MONOTONIC seconds, once it has;
+    waited: it had not when it was looked at first, so that this is the time at which it did."""
 
     member: Member
     link: ShmLink
     work: int
     num_pairs: int
     answered: float = 0.0
+    waited: bool = False
     compute_seconds: float = 0.0
     epoch: int = 0
 
@@ -149,7 +152,7 @@ class Express:
         for share in sent.shares:
             share.link.received()
             entry = self._members[share.member.index]
-            share.answered, share.epoch = entry.answered * 1e-9, entry.epoch
+            share.answered, share.waited, share.epoch = entry.answered * 1e-9, entry.waited != 0, entry.epoch
             share.compute_seconds = entry.compute_nanoseconds * 1e-9
         return rows, failed
 

@@ -75,7 +75,10 @@ class Flights:
             if flight.unsent and not self._pump(layer, flight):
                 return
             try:
-                reply = link.receive(deadline)  # it may be what an earlier layer did not wait for
+                reply = link.receive(0.0)  # it may be what an earlier layer did not wait for
+                if reply is None:
+                    reply = link.receive(deadline)
+                    flight.looked = self._clock()
             except LinkDown:
                 self._drop(layer, flight, lost=True)
                 return
@@ -84,14 +87,16 @@ class Flights:
             self._accept(layer, flight.member, reply)
 
     def count(self, member: Member, num_pairs: int) -> None:
+        """A request was sent."""
         member.requests += 1
         member.rows += num_pairs
         self.budget.dispatched()
 
-    def answered(self, member: Member, now: float, seconds: float, work: int) -> None:
+    def answered(self, member: Member, now: float, seconds: float, work: int, at_least: float) -> None:
+        """An answer was found `seconds` after its request. It was not there after at_least."""
         member.exchange_seconds += seconds
         others = self._median_of_others(member) if seconds > STRAGGLER_FLOOR else 0.0
-        member.liveness.answered(now, seconds, work, others)
+        member.liveness.answered(now, seconds, work, others, at_least)
 
     def take_over(self, layer: Layer) -> None:
         """What the express way has sent, as flights that are on their way."""
@@ -106,7 +111,7 @@ class Flights:
         request = RowsRequest(
             batch.step, batch.layer, 0, sent.routing.epoch, batch.hidden_states, tokens, ids, num_pairs
         )
-        return Flight(share.member, share.link, deque(), deque([request]), share.work, sent.started)
+        return Flight(share.member, share.link, deque(), deque([request]), share.work, sent.started, sent.started)
 
     def _launch(
         self, layer: Layer, member: Member, tokens: np.ndarray, ids: np.ndarray, num_pairs: int, work: int, epoch: int
@@ -125,7 +130,8 @@ class Flights:
                     batch.step, batch.layer, layer.attempt, epoch, batch.hidden_states, tokens[part], ids[part], pairs
                 )
             )
-        flight = Flight(member, link, parts, work=work, started=self._clock())
+        now = self._clock()
+        flight = Flight(member, link, parts, work=work, started=now, looked=now)
         layer.flights.append(flight)
         self.count(member, num_pairs)
         self._pump(layer, flight)
@@ -176,7 +182,7 @@ class Flights:
         if reply.status is RowsStatus.OK:
             now = self._clock()
             if flight.done:
-                self.answered(member, now, now - flight.started, flight.work)
+                self.answered(member, now, now - flight.started, flight.work, flight.looked - flight.started)
             member.compute_seconds += reply.compute_seconds
             placed = kernels.place_rows(
                 layer.addresses, request.tokens, request.topk_ids, reply.address, layer.row_bytes

@@ -80,7 +80,9 @@ class WorkerGroup:
         """What the express way has learnt of its workers."""
         assert layer.sent is not None
         for share in layer.sent.shares:
-            self._flights.answered(share.member, share.answered, share.answered - layer.sent.started, share.work)
+            seconds = share.answered - layer.sent.started
+            at_least = seconds if share.waited else 0.0
+            self._flights.answered(share.member, share.answered, seconds, share.work, at_least)
             share.member.compute_seconds += share.compute_seconds
             if share.epoch > layer.sent.routing.epoch:
                 self.counters.stale_epochs += 1

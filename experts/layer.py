@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Flight:
     """One worker's share of a layer, on its way. link: as of its start, because a lost one is soon replaced.
 
-    unsent: parts that wait until the wire has room.
+    unsent: parts that wait until the wire has room. looked: when its answer was last looked for in vain.
     """
 
     member: Member
@@ -30,6 +30,7 @@ class Flight:
     sent: deque[RowsRequest] = field(default_factory=deque)
     work: int = 0
     started: float = 0.0
+    looked: float = 0.0
     hedged: bool = False
     late: bool = False
 

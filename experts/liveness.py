@@ -55,16 +55,27 @@ class Liveness:
         self._suspect_until: float | None = None
         self._well_since = 0.0
 
-    def answered(self, now: float, seconds: float, work: int, others: float = 0.0) -> None:
-        """An answer came after `seconds`. others: the median rate of the other workers, 0 if unknown."""
-        rate = seconds / work
-        self._rates.append(rate)
+    def answered(
+        self, now: float, seconds: float, work: int, others: float = 0.0, at_least: float | None = None
+    ) -> None:
+        """An answer was found after `seconds`. others: the median rate of the other workers, 0 if unknown.
+
+        at_least: how long it took for certain, if that is less: it may have been there while another one was waited
+        for, and then the time that this took is not held against it.
+        """
+        slow_after = max(STRAGGLER_FLOOR, STRAGGLER_FACTOR * others * work)
+        slow = others > 0 and seconds > slow_after
+        if slow and at_least is not None:
+            if at_least <= slow_after:
+                return
+            seconds = at_least
+        self._rates.append(seconds / work)
         self._answers += 1
         if self._answers % _REFRESH == 0 or self._answers == 1:
             ordered = sorted(self._rates)
             self._p99 = ordered[int(0.99 * (len(ordered) - 1))]
             self.median = ordered[len(ordered) // 2]
-        if seconds > STRAGGLER_FLOOR and 0 < others * STRAGGLER_FACTOR < rate:
+        if slow:
             self._streak += 1
             if self._streak >= STRAGGLER_STREAK:
                 self.quarantine(now)
@@ -73,7 +84,8 @@ class Liveness:
 
     def quarantine(self, now: float) -> None:
         """It was late, too slow or wrong: leave it alone for a while, twice as long each time."""
-        if self._suspect_until is not None and now < self._suspect_until:
+        until = self._suspect_until
+        if until is not None and now < until:
             return
         if now - self._well_since > FORGIVEN_AFTER:
             self._quarantine = FIRST_QUARANTINE
@@ -90,10 +102,12 @@ class Liveness:
         return self._suspect_until is not None
 
     def suspect(self, now: float, outstanding: int) -> bool:
-        """True while it is quarantined: for its time, and for as long as it owes an answer from before."""
-        if self._suspect_until is None:
+        """True while it is quarantined: for its time, and for as long as it owes an answer from before. May be asked
+        from any thread."""
+        until = self._suspect_until
+        if until is None:
             return False
-        if now < self._suspect_until or outstanding > 0:
+        if now < until or outstanding > 0:
             return True
         self._suspect_until = None
         self._well_since = now

@@ -72,11 +72,11 @@ class Recovery:
 
     def _attend(self, layer: Layer, since: float) -> None:
         """One look at a layer that does not come in as it should. since: when the first was taken."""
+        for flight in list(layer.flights):  # look at all before judging any: it may be us who were away
+            self._flights.receive(layer, flight, 0.0)
+        layer.flights = [flight for flight in layer.flights if not flight.done]
         now = self._clock()
         for flight in list(layer.flights):
-            if flight.done:
-                layer.flights.remove(flight)
-                continue
             self._judge(layer, flight, now)
         carried = np.zeros(layer.topk_ids.shape, dtype=np.bool_)
         for flight in layer.flights:

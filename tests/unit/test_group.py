@@ -166,6 +166,44 @@ def test_a_worker_slowed_twentyfold_is_left_after_a_few_answers() -> None:
         assert made.group.counters.hedges > 0
 
 
+def test_a_slow_worker_is_left_alone_and_those_that_were_looked_at_after_it_are_not() -> None:
+    with pool(ALL, ALL, ALL, ALL, ALL) as made:
+        for link in made.links.values():
+            link.delay = 0.001
+        for seed in range(40):
+            made.run(batch(12, seed=seed))
+        made.group._flights.budget.take = lambda: False  # type: ignore[method-assign]
+        made.links["c"].delay = 0.02
+        suspects = set()
+        for seed in range(12):
+            work = batch(12, seed=seed)
+            assert_same_cup(made.run(work), work)
+            suspects |= {m.name for m in made.roster.members if m.liveness.suspect(made.clock.now, 0)}
+        assert suspects == {"c"}
+
+
+def test_an_engine_that_was_away_holds_nothing_against_its_workers() -> None:
+    with pool(ALL, ALL) as made:
+        for seed in range(40):
+            made.run(batch(seed=seed))
+        made.group._flights.budget.take = lambda: False  # type: ignore[method-assign]
+        made.links["a"].delay = 0.012  # not in time for its hedge
+        attend = made.group._recovery._attend
+        stalls = [5.0] * 3
+
+        def stall(*args: object) -> None:
+            made.clock.now += stalls.pop() if stalls else 0.0
+            attend(*args)  # type: ignore[arg-type]
+
+        made.group._recovery._attend = stall  # type: ignore[method-assign, assignment]
+        for seed in range(3):
+            work = batch(seed=seed)
+            assert_same_cup(made.run(work), work)
+        assert not stalls
+        assert not any(m.liveness.suspect(made.clock.now, 0) for m in made.roster.members)
+        assert made.group.counters.resends == 0
+
+
 def test_a_worker_that_gives_nan_is_asked_no_more_for_a_while() -> None:
     with pool(ALL, ALL) as made:
         made.links["a"].faults.extend(["nan"] * 50)

@@ -102,3 +102,15 @@ def test_hedges_stay_under_their_share_of_dispatches_but_for_the_burst(asks: lis
         budget.dispatched()
         hedges += ask and budget.take()
     assert hedges <= liveness.HEDGE_BURST + liveness.HEDGE_SHARE * len(asks) + 1e-6
+
+
+def test_a_wait_for_somebody_else_is_not_held_against_a_worker() -> None:
+    worker = warmed(0.001)
+    others, known = 0.001 / WORK, warmed(0.001).deadline(WORK)
+    for i in range(3 * liveness.STRAGGLER_STREAK):
+        worker.answered(100.0 + i, 0.02, WORK, others, at_least=0.0)
+    assert not worker.suspect(100.0, outstanding=0)
+    assert worker.deadline(WORK) == known
+    for i in range(liveness.STRAGGLER_STREAK):
+        worker.answered(200.0 + i, 0.02, WORK, others, at_least=0.019)
+    assert worker.suspect(200.5 + liveness.STRAGGLER_STREAK - 1, outstanding=0)

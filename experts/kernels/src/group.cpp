@@ -23,6 +23,7 @@ struct bk_group_member {
     int64_t answered;
     uint64_t epoch;
     uint64_t compute_nanoseconds;
+    uint64_t waited;  // 1: the answer was not there at the first look, so `answered` is when it came
 };
 
 enum bk_group_result {
@@ -95,8 +96,10 @@ bool receive(bk_group_member& member) {
     const bk_window_end* end = member.end;
     const bk_window_offsets at = bk_window_offsets_of(&end->shape, end->source);
     uint32_t status = 0;
-    member.seen = bk_window::wait_for(bk_window::cell_at(end, at.combine_cell), member.number, end->spin_nanoseconds,
-                                      member.deadline, &status);
+    bk_window_cell* cell = bk_window::cell_at(end, at.combine_cell);
+    member.waited =
+        static_cast<uint32_t>(__atomic_load_n(&cell->number_and_value, __ATOMIC_ACQUIRE) >> 32) != member.number;
+    member.seen = bk_window::wait_for(cell, member.number, end->spin_nanoseconds, member.deadline, &status);
     if (member.seen != BK_WINDOW_READY || status != kOk) return false;
     bk_window_combine combine;
     std::memcpy(&combine, end->base + at.combine, sizeof combine - sizeof combine.not_held);
