@@ -21,7 +21,7 @@ class Draft:
 
     held, old: [K, W], who holds what now and who held it when planning began. count: [K], replicas. weight: [K], load,
     1 for each expert of a layer that has none. load: [L, W], an expert's load shared equally by its replicas.
-    free: [W], bytes; below zero on a worker that was given more than its capacity. node: [W], a number for each node.
+    free: [W], bytes; below zero on a worker that was given more than its capacity. node, domain: [W], as numbers.
     loads: replicas to load beyond those that coverage needs. anchored: [K], whether coverage needs none.
     """
 
@@ -47,6 +47,9 @@ class Draft:
         nodes = {node: number for number, node in enumerate(dict.fromkeys(worker.node for worker in workers))}
         self.node = np.array([nodes[worker.node] for worker in workers], np.int64)
         self.num_nodes = len(nodes)
+        domains = {domain: number for number, domain in enumerate(dict.fromkeys(worker.domain for worker in workers))}
+        self.domain = np.array([domains[worker.domain] for worker in workers], np.int64)
+        self.num_domains = len(domains)
         self.capacity = np.array([worker.capacity_bytes for worker in workers], np.int64)
         self.held = np.zeros((len(self.keys), len(workers)), np.bool_)
         self._take(placement)

@@ -38,7 +38,10 @@ def cover(draft: Draft, redundancy: int) -> None:
 
 
 def add_redundancy(draft: Draft, redundancy: int, budget: int | None) -> None:
-    """Replicas up to `redundancy`, on different nodes where there are several; the hot experts first if not all can."""
+    """Replicas up to `redundancy`, on different nodes where there are several; the hot experts first if not all can.
+
+    Of the other nodes, those in a domain without a replica come first: a preference, for which nothing is shifted.
+    """
     shifts_failed = 0
     for level in range(2, redundancy + 1):
         spread = (draft.nodes_of(slice(None)) > 0).sum(1)
@@ -50,7 +53,12 @@ def add_redundancy(draft: Draft, redundancy: int, budget: int | None) -> None:
                 return
             elsewhere = draft.nodes_of(expert)[draft.node] == 0
             room = draft.free >= draft.bytes[expert]
-            worker = _least_loaded(draft, expert, room & elsewhere, quota)
+            worker = None
+            if draft.num_domains > 1:
+                afar = ~np.isin(draft.domain, draft.domain[draft.held[expert]])
+                worker = _least_loaded(draft, expert, room & elsewhere & afar, quota)
+            if worker is None:
+                worker = _least_loaded(draft, expert, room & elsewhere, quota)
             if worker is None and shifts_failed < MAX_FAILED_SHIFTS:
                 worker = _shift(draft, expert, elsewhere, budget)
                 shifts_failed += worker is None

@@ -108,4 +108,6 @@ def failure(address: str, error: grpc.aio.AioRpcError) -> CallFailed:
             f"ca.pem, and a cert.pem that it has signed, valid now, for the name {TLS_NAME}.",
             gone=True,
         )
+    if "socket closed" in details.lower():
+        details += ". If a process listens there, compare its --tls-dir with the controller's."
     return CallFailed(f"Nobody answers at {address}: {details}", gone=True)

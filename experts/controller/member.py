@@ -43,7 +43,8 @@ class Member:
     withdrawn: the first epoch that no longer names a replica. draining: gets no experts and gives its own away;
     leaving: ends (stopping) when that is done. since: when `reach` last changed. fault: what its present process did
     wrong, for which it stays refused. given_up: lost for so long that others get its experts. changes: how often `held`
-    has changed. domain: the wider failure domain of its node.
+    has changed. replaced: how often its process was ended, since it was last live, because it hung. domain: the wider
+    failure domain of its node.
     """
 
     name: str
@@ -66,7 +67,8 @@ class Member:
     misses: int = 0
     changes: int = 0
     retry_at: float = 0.0
-    restarted_at: float = -math.inf
+    replaced_at: float = -math.inf
+    replaced: int = 0
     given_up: bool = False
     held: dict[ExpertKey, bytes] = field(default_factory=dict)
     proven: set[ExpertKey] = field(default_factory=set)

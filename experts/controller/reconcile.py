@@ -175,7 +175,9 @@ def _stops(pool: Pool) -> Iterator[Stop]:
 
 def _restarts(pool: Pool, now: float) -> Iterator[Restart]:
     for member in pool.sorted_members():
-        left_alone = now - max(member.since, member.restarted_at)
-        if member.reach is Reach.LOST and not member.stopping and left_alone > HUNG_SECONDS:
-            member.restarted_at = now
+        left_alone = now - max(member.since, member.replaced_at)
+        patience = HUNG_SECONDS * 2**member.replaced  # its successor may only be slow to start
+        if member.reach is Reach.LOST and not member.stopping and left_alone > patience:
+            member.replaced_at = now
+            member.replaced += 1
             yield Restart(member.name)

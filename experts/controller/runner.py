@@ -53,10 +53,7 @@ class Workers(Protocol):
         ...
 
     async def restart(self, name: str) -> None:
-        """End a worker that runs but does not answer, so that another process takes its place.
-
-        Nothing happens to one that is being started anyway.
-        """
+        """End a worker's process, in whatever state it is, so that another one takes its place."""
         ...
 
     async def stop(self, name: str) -> None:

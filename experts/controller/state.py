@@ -81,6 +81,7 @@ class Pool(Picture):
         returned = not member.live
         if returned:
             member.reach, member.since, member.detail, member.given_up = Reach.LIVE, now, "", False
+            member.replaced = 0
             member.draining = member.draining or description.draining
         news = asked_at in (None, member.changes) and self._take_held(member, description.held)
         if reborn or returned or news:

@@ -184,8 +184,17 @@ def ready(workers: int, **changes: int) -> World:
     world = World(workers, **changes)
     world.run()
     assert world.pool.settled
-    assert world.pool.placement.coverage() == 1
+    assert coverage(world) == 1
     return world
+
+
+def coverage(world: World) -> float:
+    return pool_state(world.pool).coverage
+
+
+def named_at(world: World, worker: str) -> set[ExpertKey]:
+    """The experts that the published placement names at a worker."""
+    return {key for key, names in world.pool.placement.replicas.items() if worker in names}
 
 
 def word(world: World, name: str) -> str:
@@ -228,14 +237,14 @@ def test_the_first_plan_waits_for_slow_starters_but_not_for_ever() -> None:
 def test_too_little_memory_says_how_many_bytes_are_missing_and_what_would_fit() -> None:
     world = World(2, capacity=5 * SIZE)
     world.run()
-    assert world.pool.placement.coverage() == pytest.approx(10 / 12)
+    assert coverage(world) == pytest.approx(10 / 12)
     text = problem(world.pool)
     assert f"{2 * SIZE} bytes" in text
     assert "1 more worker" in text
     assert f"--worker-memory {7 * SIZE}" in text
     roomy = World(2, capacity=7 * SIZE)
     roomy.run()
-    assert roomy.pool.placement.coverage() == 1
+    assert coverage(roomy) == 1
 
 
 # ---------------------------------------------------------------- loss and return
@@ -286,19 +295,19 @@ def test_a_worker_that_stays_away_is_replaced_after_the_grace_time() -> None:
     assert world.replicas() == [2] * 12
 
 
-def test_a_worker_that_hangs_is_restarted_after_a_minute_and_again_only_after_another() -> None:
+def test_a_worker_that_hangs_is_restarted_after_a_minute_and_again_only_after_more() -> None:
     world = ready(2)
     world.kill("worker-1")
     asked = []
-    for _ in range(int(2 * HUNG_SECONDS) + 10):
+    for _ in range(int(4 * HUNG_SECONDS)):
         world.now += 1
         world.step()
         asked += [world.now for action in world.under_way if action == Restart("worker-1")]
         world.under_way.clear()
     assert len(asked) == 2
     assert asked[0] - world.pool.members["worker-1"].since > HUNG_SECONDS
-    assert asked[1] - asked[0] > HUNG_SECONDS
-    world.run(int(HUNG_SECONDS) + 1)
+    assert asked[1] - asked[0] > 2 * HUNG_SECONDS
+    world.run(int(4 * HUNG_SECONDS) + 1)
     assert word(world, "worker-1") == "READY"
 
 
@@ -315,11 +324,11 @@ def test_survivors_without_room_give_up_redundant_replicas_for_coverage() -> Non
     world.kill("worker-0")
     world.kill("worker-1")
     world.run(3)
-    assert world.pool.placement.coverage() == pytest.approx(8 / 12)
+    assert coverage(world) == pytest.approx(8 / 12)
     assert f"{4 * SIZE} bytes" in problem(world.pool)
     world.workers["worker-0"].restart()
     world.run()
-    assert world.pool.placement.coverage() == 1
+    assert coverage(world) == 1
 
 
 def test_what_an_engine_had_loaded_is_taken_into_the_placement() -> None:
@@ -340,7 +349,7 @@ def test_an_old_description_does_not_undo_what_was_loaded_since() -> None:
     world.step()
     world.carry_out(world.under_way.pop())
     world.pool.described("worker-0", old, world.now, asked_at=asked_at)
-    assert world.pool.placement.coverage() == 1
+    assert coverage(world) == 1
 
 
 # ---------------------------------------------------------------- refusals
@@ -363,7 +372,7 @@ def test_a_worker_that_differs_is_refused_and_service_goes_on(change: dict[str, 
     assert world.pool.members["worker-2"].reach is Reach.REFUSED
     assert expected in world.pool.members["worker-2"].detail
     assert world.replicas() == [2] * 12
-    assert world.pool.placement.held_by("worker-2") == frozenset()
+    assert named_at(world, "worker-2") == frozenset()
 
 
 def test_a_replica_with_another_digest_is_refused_when_it_is_loaded() -> None:
@@ -386,15 +395,15 @@ def test_a_moved_replica_is_named_only_after_its_row_was_compared() -> None:
     (assign,) = (action for action in world.under_way if isinstance(action, Assign))
     world.under_way.clear()
     world.carry_out(assign)
-    assert world.pool.placement.held_by("worker-2") == frozenset()
+    assert named_at(world, "worker-2") == frozenset()
     world.step()
     probes = [action for action in world.under_way if isinstance(action, Probe)]
     assert {probe.expert for probe in probes} == set(assign.experts)
     world.pool.proved("worker-2", assign.incarnation, probes[0].expert, "", world.now)
     world.pool.publish_proven(world.now)
-    assert world.pool.placement.held_by("worker-2") == frozenset()
+    assert named_at(world, "worker-2") == frozenset()
     world.pool.publish_proven(world.now + PROOFS_SECONDS)
-    assert world.pool.placement.held_by("worker-2") == {probes[0].expert}
+    assert named_at(world, "worker-2") == {probes[0].expert}
     world.pool.proved("worker-2", assign.incarnation, probes[1].expert, "another row", world.now)
     world.describe("worker-2")
     assert word(world, "worker-2") == "REFUSED"
@@ -411,7 +420,7 @@ def test_a_replica_is_released_only_when_every_engine_uses_a_placement_without_i
     begin_drain(world.pool, "worker-0", world.now)
     world.run(4)
     assert word(world, "worker-0") == "DRAINING"
-    assert world.pool.placement.held_by("worker-0") == frozenset()
+    assert named_at(world, "worker-0") == frozenset()
     world.says("a")
     world.run(1)
     assert word(world, "worker-0") == "DRAINING"
@@ -443,14 +452,14 @@ def test_a_replica_that_is_being_released_is_not_named_again() -> None:
         world.under_way.clear()
         world.step()
     world.kill("worker-1")
-    assert world.pool.placement.coverage() == 0
+    assert coverage(world) == 0
     for action in world.under_way:
         world.carry_out(action)
     world.under_way.clear()
     world.workers["worker-1"].restart()
     world.finish(command)
     world.run()
-    assert world.pool.placement.coverage() == 1
+    assert coverage(world) == 1
 
 
 # ---------------------------------------------------------------- little memory
@@ -467,7 +476,7 @@ def test_an_expert_without_room_waits_for_another_to_move_out_which_does_not_wai
     target = {leaving: ["worker-1"], staying: ["worker-0"], there: ["worker-1"], uncovered: ["worker-0"]}
     world.pool.set_target(target, world.now)
     world.run()
-    assert world.pool.placement.coverage() == 1
+    assert coverage(world) == 1
     assert world.workers["worker-0"].held.keys() == {staying, uncovered}
 
 
@@ -505,12 +514,12 @@ def test_scale_starts_workers_and_stops_those_of_the_highest_numbers() -> None:
     assert world.workers["worker-3"].held
     world.finish(begin_scale(world.pool, 1, world.now))
     assert list(world.workers) == ["worker-0"]
-    assert world.pool.placement.coverage() == 1
+    assert coverage(world) == 1
 
 
 def test_rebalance_spreads_the_reported_load_and_a_dry_run_changes_nothing() -> None:
     world = ready(2, redundancy=1)
-    hot = dict.fromkeys(list(world.pool.placement.held_by("worker-0"))[:3], 1000)
+    hot = dict.fromkeys(list(named_at(world, "worker-0"))[:3], 1000)
     world.says("a", tokens=hot)
     target = dict(world.pool.target)
     plan, moves, command = begin_rebalance(world.pool, 0, world.now, dry_run=True)
@@ -553,7 +562,7 @@ def test_nothing_is_moved_while_coverage_is_incomplete() -> None:
         with pytest.raises(Refused, match="2 of 12 experts"):
             begin()
     world.finish(begin_scale(world.pool, 3, world.now))
-    assert world.pool.placement.coverage() == 1
+    assert coverage(world) == 1
 
 
 def test_a_command_without_progress_ends_and_leaves_the_pool_as_it_is() -> None:
@@ -565,7 +574,7 @@ def test_a_command_without_progress_ends_and_leaves_the_pool_as_it_is() -> None:
     world.now += STALL_SECONDS
     with pytest.raises(Refused, match="did not come to an end"):
         command.is_over(world.now)
-    assert world.pool.placement.coverage() == 1
+    assert coverage(world) == 1
 
 
 # ---------------------------------------------------------------- another controller
@@ -585,7 +594,7 @@ def test_a_new_controller_stands_above_what_the_workers_were_told() -> None:
     assert not world.pool.recovering
     assert world.pool.term > old_term
     assert world.pool.epoch > told
-    assert world.pool.placement.coverage() == 1
+    assert coverage(world) == 1
     assert world.under_way == []
 
 
@@ -711,7 +720,7 @@ def test_whatever_happens_nothing_is_uncovered_but_by_a_loss_and_all_comes_to_re
     world.run()
     able = [m.capacity_bytes for m in world.pool.members.values() if m.live and not m.draining]
     if sum(able) >= 6 * SIZE:
-        assert world.pool.placement.coverage() == 1
+        assert coverage(world) == 1
     assert is_settled(world.pool) or sum(able) < redundancy * 6 * SIZE
 
 
@@ -756,4 +765,4 @@ def _something_happens(world: World, draw: random.Random, commands: list[Command
 
 def _assert_unused(world: World, release: Release) -> None:
     """No expert that is named at a worker is being released there."""
-    assert not set(release.experts) & world.pool.placement.held_by(release.worker)
+    assert not set(release.experts) & named_at(world, release.worker)
