@@ -18,6 +18,8 @@ from barista.replication import add_redundancy, cover, shed
 
 MAX_ROUNDS = 8
 
+Policy = Literal["incremental", "eplb"]
+
 
 class Load(NamedTuple):
     """A replica to be loaded."""
@@ -59,7 +61,7 @@ def plan(
     *,
     redundancy: int,
     move_budget: int | None = None,
-    policy: Literal["incremental", "eplb"] = "incremental",
+    policy: Policy = "incremental",
 ) -> Plan:
     """Plan the next placement on `workers`. Replicas on any other worker do not count and are released.
 

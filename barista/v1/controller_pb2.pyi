@@ -131,12 +131,14 @@ class ScaleRequest(_message.Message):
     def __init__(self, workers: _Optional[int] = ...) -> None: ...
 
 class RebalanceRequest(_message.Message):
-    __slots__ = ("dry_run", "move_budget")
+    __slots__ = ("dry_run", "move_budget", "policy")
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     MOVE_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
     dry_run: bool
     move_budget: int
-    def __init__(self, dry_run: bool = ..., move_budget: _Optional[int] = ...) -> None: ...
+    policy: str
+    def __init__(self, dry_run: bool = ..., move_budget: _Optional[int] = ..., policy: _Optional[str] = ...) -> None: ...
 
 class Move(_message.Message):
     __slots__ = ("layer", "expert", "to")

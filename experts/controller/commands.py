@@ -109,11 +109,23 @@ def begin_scale(pool: Pool, count: int, now: float) -> Command:
 
 
 def begin_rebalance(
-    pool: Pool, move_budget: int, now: float, *, dry_run: bool
+    pool: Pool, move_budget: int, now: float, *, dry_run: bool, policy: str = "incremental"
 ) -> tuple[Plan, list[MovedReplica], Command]:
-    """Even out the load that engines have reported. move_budget: 0 for the default. Raises Refused."""
+    """Even out the load that engines have reported, by a policy of barista.balance.
+
+    move_budget: 0 for the default, which is none for EPLB. Raises Refused.
+    """
     _require_coverage(pool, "The pool cannot be rebalanced")
-    made = plan_for(pool, eligible(pool), move_budget or DEFAULT_MOVE_BUDGET)
+    try:
+        match policy:
+            case "incremental":
+                made = plan_for(pool, eligible(pool), move_budget or DEFAULT_MOVE_BUDGET)
+            case "eplb":
+                made = plan_for(pool, eligible(pool), move_budget or None, "eplb")
+            case _:
+                raise ValueError(f"there is no policy {policy!r}; take incremental or eplb")
+    except ValueError as error:
+        raise Refused(f"The pool cannot be rebalanced: {error}.") from error
     if made.missing_bytes:
         raise Refused(f"The pool cannot be rebalanced. {shortage(pool, made.missing_bytes)}")
     if not dry_run:

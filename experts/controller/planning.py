@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
-from barista.balance import Plan, plan
+from barista.balance import Plan, Policy, plan
 from barista.cache import size
 from barista.placement import Placement, WorkerCapacity
 from experts.controller.member import Member, Reach
@@ -39,8 +39,8 @@ def eligible(pool: Pool, *, without: Collection[str] = ()) -> list[Member]:
     ]
 
 
-def plan_for(pool: Pool, members: list[Member], move_budget: int | None = None) -> Plan:
-    """The best placement on these members, from what they hold and shall hold."""
+def plan_for(pool: Pool, members: list[Member], move_budget: int | None = None, policy: Policy = "incremental") -> Plan:
+    """The best placement on these members, from what they hold and shall hold. Raises ValueError, as `plan`."""
     names = {member.name for member in members}
     holding = {key: set(target & names) for key, target in pool.target.items()}
     for member in members:
@@ -56,6 +56,7 @@ def plan_for(pool: Pool, members: list[Member], move_budget: int | None = None) 
         pool.settings.expert_bytes,
         redundancy=pool.settings.redundancy,
         move_budget=move_budget,
+        policy=policy,
     )
 
 

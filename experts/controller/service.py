@@ -69,7 +69,13 @@ class ControllerService(ControllerServicer):  # type: ignore[misc]  # generated 
 
         def begin() -> Command:
             now = self._runner.clock()
-            plan, moves, command = begin_rebalance(self._pool, request.move_budget, now, dry_run=request.dry_run)
+            plan, moves, command = begin_rebalance(
+                self._pool,
+                request.move_budget,
+                now,
+                dry_run=request.dry_run,
+                policy=request.policy or "incremental",
+            )
             reply.imbalance_before, reply.imbalance_after = plan.imbalance_before, plan.imbalance_after
             reply.moves.extend(move(moved) for moved in moves)
             return command

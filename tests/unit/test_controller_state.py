@@ -533,6 +533,21 @@ def test_rebalance_spreads_the_reported_load_and_a_dry_run_changes_nothing() -> 
     assert all((move.layer, move.expert) in world.workers[move.destination].held for move in moves if move.destination)
 
 
+def test_rebalance_by_eplb_is_asked_for_by_name_and_says_what_it_cannot_do() -> None:
+    world = ready(2, redundancy=1)
+    hot = dict.fromkeys(sorted(named_at(world, "worker-0"))[:3], 1000)
+    world.says("a", tokens=hot)
+    world.pool.engine_gone("a")
+    plan, moves, command = begin_rebalance(world.pool, 0, world.now, dry_run=False, policy="eplb")
+    assert moves
+    assert plan.imbalance_after < plan.imbalance_before
+    world.finish(command)
+    assert coverage(world) == 1
+    for changes, expected in (({"policy": "eplb"}, "move budget"), ({"policy": "best"}, "'best'")):
+        with pytest.raises(Refused, match=expected):
+            begin_rebalance(world.pool, 3, world.now, dry_run=True, **changes)
+
+
 def test_commands_that_would_uncover_an_expert_are_refused_with_the_missing_bytes() -> None:
     world = ready(2, capacity=8 * SIZE)
     with pytest.raises(Refused, match=f"{4 * SIZE} bytes"):
