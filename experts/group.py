@@ -36,14 +36,15 @@ class WorkerGroup:
         self._express = Express(clock)
         self._flights = Flights(roster, self.counters, clock)
         self._recovery = Recovery(roster, loader, self._flights, self.counters, clock)
-        self.epoch_in_use: int | None = None  # by the layer under way; read by the thread that acknowledges epochs
+        # Term and epoch by which the layer under way was sent, or older; read by the thread that acknowledges epochs.
+        self.placement_in_use: tuple[int, int] | None = None
 
     def dispatch(self, batch: DispatchBatch) -> Layer:
         """Send every pair to a replica of its expert. What nobody holds stays missing, for combine to see to."""
         now = self._clock()
         self._flights.take_late_answers()
+        self.placement_in_use = self._roster.placement  # before the routing, which may then be newer, never older
         routing = self._roster.routing(batch.layer, now)
-        self.epoch_in_use = routing.epoch
         topk_ids = batch.topk_ids.numpy()
         layer = Layer(batch, topk_ids, np.zeros(topk_ids.shape, dtype=np.int64), now)
         if self._recovery.given_up:
@@ -72,7 +73,7 @@ class WorkerGroup:
             if ticket.sent is not None:
                 self._flights.take_over(ticket)
             result = self._combine(ticket)
-        self.epoch_in_use = None
+        self.placement_in_use = None
         self.counters.combine_seconds += self._clock() - now
         return result
 

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import grpc
@@ -85,7 +86,8 @@ class PoolWatch:
     """Follows the controller in a thread of its own, for as long as it is open, however often the stream breaks.
 
     on_view is called from that thread. loads: called about once a second; tokens by expert since its last call, by
-    layer. The last view stays in force while the controller is away: rows need no controller.
+    layer. The last view stays in force while the controller is away: rows need no controller. complaint: why nothing
+    is heard from it at present, if so.
     """
 
     def __init__(
@@ -101,8 +103,9 @@ class PoolWatch:
         self._engine_id = engine_id
         self._on_view = on_view
         self._loads = loads
-        self._acknowledged = 0
-        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.complaint = ""
+        self._acknowledged = 0, 0  # term and epoch
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._call: grpc.Call | None = None
         self._thread = threading.Thread(target=self._follow, name="pool-watch", daemon=True)
@@ -111,50 +114,64 @@ class PoolWatch:
         """Begin to follow."""
         self._thread.start()
 
-    def acknowledge(self, epoch: int) -> None:
+    def acknowledge(self, term: int, epoch: int) -> None:
         """No layer uses an older placement any more."""
-        if epoch > self._acknowledged:
-            self._acknowledged = epoch
-            self._wake.put(None)
+        if (term, epoch) > self._acknowledged:
+            self._acknowledged = term, epoch
+            self._wake.put(True)
 
     def close(self) -> None:
         """Stop following. Idempotent."""
         self._closed.set()
-        self._wake.put(None)
         if self._call is not None:
             self._call.cancel()
 
     def _follow(self) -> None:
-        lost = False
         while not self._closed.is_set():
             try:
-                with self._trust.channel(self._controller) as channel:
-                    self._call = ControllerStub(channel).Watch(self._requests(), metadata=self._trust.metadata)
-                    for state in self._call:
-                        if lost:
-                            log.info("The controller at %s answers again.", self._controller)
-                        lost = False
-                        self._on_view(view_of(state))
+                self._follow_once()
             except grpc.RpcError as error:
-                if not self._closed.is_set() and not lost:
-                    log.warning("The controller at %s does not answer: %s", self._controller, error.details())
-                    lost = True
+                self._complain(f"The controller at {self._controller} does not answer: {error.details()}")
+            except Exception:  # a view that cannot be used; the next may be of use
+                log.exception("What the controller at %s says cannot be followed.", self._controller)
             self._closed.wait(RECONNECT_SECONDS)
 
-    def _requests(self) -> Iterator[pb.WatchRequest]:
-        """Acknowledgements as they come, loads about once a second."""
-        sent, reported = -1, 0.0
-        while not self._closed.is_set():
+    def _follow_once(self) -> None:
+        """Follow one stream until it ends."""
+        wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._wake = wake
+        try:
+            with self._trust.channel(self._controller) as channel:
+                call = ControllerStub(channel).Watch(self._requests(wake), metadata=self._trust.metadata)
+                self._call = call
+                if self._closed.is_set():  # by someone who may not have seen the call
+                    call.cancel()
+                for state in call:
+                    if self.complaint:
+                        log.info("The controller at %s answers again.", self._controller)
+                    self.complaint = ""
+                    self._on_view(view_of(state))
+        finally:
+            wake.put(False)
+
+    def _complain(self, complaint: str) -> None:
+        if not self.complaint and not self._closed.is_set():
+            log.warning("%s", complaint)
+        self.complaint = complaint
+
+    def _requests(self, wake: queue.SimpleQueue[bool]) -> Iterator[pb.WatchRequest]:
+        """One stream's acknowledgements as they come, and loads about once a second. False in `wake` is its end."""
+        sent, reported = (-1, -1), 0.0
+        going = True
+        while going:
             due = time.monotonic() - reported >= REPORT_SECONDS
             if due or sent != self._acknowledged:
                 sent = self._acknowledged
-                request = pb.WatchRequest(engine_id=self._engine_id, acknowledged_epoch=sent)
+                request = pb.WatchRequest(engine_id=self._engine_id, term=sent[0], acknowledged_epoch=sent[1])
                 if due:
                     reported = time.monotonic()
                     loads = self._loads().items()
                     request.loads.extend(pb.LayerLoad(layer=layer, tokens=tokens) for layer, tokens in loads)
                 yield request
-            try:
-                self._wake.get(timeout=REPORT_SECONDS)
-            except queue.Empty:
-                continue
+            with suppress(queue.Empty):
+                going = wake.get(timeout=REPORT_SECONDS)

@@ -83,7 +83,7 @@ class RemotePool:
             if view is not None and view.coverage != coverage:
                 coverage, since = view.coverage, time.monotonic()
             if time.monotonic() - since > patience(view):
-                raise ConfigError(view.problem if view and view.problem else "The worker pool makes no progress.")
+                raise self._standstill(view)
             on_progress(0.9 * max(coverage, 0.0), self._progress(view))
             self.roster.wait_changed(0.2)
 
@@ -98,6 +98,19 @@ class RemotePool:
             return "the pool's controller does not answer yet"
         attached = sum(member.up for member in self.roster.members)
         return f"experts on workers ({attached} attached, {view.coverage:.0%} covered)"
+
+    def _standstill(self, view: PoolView | None) -> ConfigError:
+        """Why the experts cannot all be reached, as far as anybody has said."""
+        said = [view.problem if view is not None and view.problem else "The worker pool makes no progress."]
+        if self._watch.complaint:
+            said.append(self._watch.complaint)
+        away = [member for member in self.roster.members if member.complaint and not member.up]
+        said += [f"{member.name} at {member.view.address} cannot be attached: {member.complaint}" for member in away]
+        return ConfigError(
+            "\n".join(said),
+            "Look at `barista status` and at the logs of the workers and of the controller at "
+            f"{self._config.controller}; this process must be able to reach all their addresses.",
+        )
 
     def _require_our_model(self, view: PoolView | None) -> None:
         if view is not None and view.model_digest != self._model.digest:
@@ -115,12 +128,12 @@ class RemotePool:
 
     def _acknowledge(self) -> None:
         """Tell the controller which placement is in use: the newest, once no layer runs under an older one."""
-        told = 0
+        told = 0, 0
         while not self._closed.wait(ACKNOWLEDGE_SECONDS):
-            epoch, in_use = self.roster.epoch, self.group.epoch_in_use
-            if epoch > told and (in_use is None or in_use >= epoch):
-                told = epoch
-                self._watch.acknowledge(epoch)
+            placement, in_use = self.roster.placement, self.group.placement_in_use
+            if placement > told and (in_use is None or in_use >= placement):
+                told = placement
+                self._watch.acknowledge(*placement)
 
     def _attach(self, worker: WorkerView) -> Link:
         hello = Hello(

@@ -122,6 +122,7 @@ class Roster:
         self._changed = threading.Condition(self._lock)
         self._members: dict[str, Member] = {}
         self._view: PoolView | None = None
+        self.placement = 0, 0  # term and epoch in force
         self._version = 0
         self._cached: tuple[object, ...] = ()
         self._settled = -1  # the version in which nobody was suspect or owed an answer when last looked at
@@ -152,13 +153,15 @@ class Roster:
             if self._view is not None and (view.term, view.epoch) < (self._view.term, self._view.epoch):
                 return
             newer = self._view is None or view.epoch > self._view.epoch or view.term > self._view.term
-            self._view = view
+            # The others read without the lock: whoever sees the view sees its members, and asks for a new routing.
             for worker in view.workers:
                 self._meet(worker)
+            self._change()
+            self._view = view
+            self.placement = view.term, view.epoch
             if newer:
                 for member in self._members.values():
                     member.not_held.clear()
-            self._change()
         self._check.set()
 
     def routing(self, layer: int, now: float) -> Routing:
@@ -191,7 +194,8 @@ class Roster:
 
     def awaited(self, key: ExpertKey) -> bool:
         """Whether a worker that holds it, by the controller's word, is out of reach and may come back."""
-        view, members = self._view, self._members
+        view = self._view
+        members = self._members  # read after the view, so that all whom it names are there
         if view is None or key[0] not in view.replicas:
             return False
         reachable = {worker.name for worker in view.workers}

@@ -378,3 +378,17 @@ def test_once_a_part_is_refused_the_others_are_not_sent(fault: str) -> None:
         work = batch(12)
         assert_same_cup(made.run(work), work)
         assert sum(request.attempt == 0 for request in made.links["a"].requests) == 1
+
+
+def test_a_placement_is_in_use_before_anybody_is_chosen_by_it() -> None:
+    with pool(ALL, ALL) as made:
+        routing, in_use = made.roster.routing, []
+
+        def watched(layer: int, now: float) -> object:
+            in_use.append(made.group.placement_in_use)
+            return routing(layer, now)
+
+        made.roster.routing = watched  # type: ignore[method-assign, assignment]
+        made.run(batch())
+        assert in_use == [made.roster.placement]
+        assert made.group.placement_in_use is None

@@ -113,3 +113,36 @@ def test_an_unforeseen_error_does_not_end_the_attempts(monkeypatch: pytest.Monke
         eventually(lambda: roster.members[0].up)
     finally:
         roster.close()
+
+
+def test_who_reads_while_a_view_is_taken_in_sees_all_of_the_old_one_or_all_of_the_new() -> None:
+    roster = Roster(Refusals(), {0: 6}, Clock())
+    try:
+        roster.update(VIEW)
+        meet = roster._meet
+
+        def read_and_meet(worker: WorkerView) -> None:
+            before = roster.placement
+            roster.awaited((0, 0))
+            meet(worker)
+            roster.awaited((0, 0))
+            assert (before, roster.placement) == ((1, 1), (1, 1))
+
+        roster._meet = read_and_meet  # type: ignore[method-assign]
+        roster.update(replace(view({0: [["b"]] * 6}, "ab"), epoch=2))
+        assert roster.placement == (1, 2)
+        assert roster.awaited((0, 0))
+    finally:
+        roster.close()
+
+
+def test_a_new_term_may_begin_with_a_lower_epoch() -> None:
+    roster = Roster(Refusals(), {0: 6}, Clock())
+    try:
+        roster.update(replace(VIEW, term=1, epoch=30))
+        roster.update(replace(VIEW, term=2, epoch=3))
+        assert roster.placement == (2, 3)
+        roster.update(replace(VIEW, term=1, epoch=31))
+        assert roster.placement == (2, 3)
+    finally:
+        roster.close()
