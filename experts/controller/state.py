@@ -50,7 +50,7 @@ class Pool(Picture):
     def located(self, name: str, address: str, node: str, domain: str = "") -> None:
         """Where a member can be reached."""
         member = self.members.get(name)
-        if member is not None:
+        if member is not None and (member.address, member.node, member.domain) != (address, node, domain):
             member.address, member.node, member.domain = address, node, domain
             self._changed()
 

@@ -315,6 +315,9 @@ def test_the_reason_why_a_worker_does_not_start_is_told() -> None:
     world = World(1)
     world.pool.unreachable("worker-0", "No trusted connection.", world.now)
     assert "worker-0: No trusted connection." in problem(world.pool)
+    revision = world.pool.revision
+    world.pool.unreachable("worker-0", "No trusted connection.", world.now)
+    assert world.pool.revision == revision  # nobody is told twice
     world.run()
     assert problem(world.pool) == world.pool.members["worker-0"].detail == ""
 
