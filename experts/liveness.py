@@ -47,7 +47,8 @@ class Liveness:
 
     def __init__(self) -> None:
         self._rates: deque[float] = deque(maxlen=_WINDOW)  # seconds a unit of work, of recent answers
-        self._answers = 0
+        self._answers = 0  # since the last quarantine
+        self._answers_ever = 0
         self._p99 = 0.0
         self.median = 0.0
         self._streak = 0
@@ -71,6 +72,7 @@ class Liveness:
             seconds = at_least
         self._rates.append(seconds / work)
         self._answers += 1
+        self._answers_ever += 1
         if self._answers % _REFRESH == 0 or self._answers == 1:
             ordered = sorted(self._rates)
             self._p99 = ordered[int(0.99 * (len(ordered) - 1))]
@@ -117,6 +119,11 @@ class Liveness:
     def cold(self) -> bool:
         """It has answered too seldom for a guess at how long it takes."""
         return self._answers < WARM_ANSWERS
+
+    @property
+    def new(self) -> bool:
+        """It has only just come: its deadline is long, and its hedges are few enough to be free."""
+        return self._answers_ever < WARM_ANSWERS
 
     def deadline(self, work: int) -> float:
         """Seconds after which an answer is late: max(50 ms, 8 x p99 of its recent rates)."""

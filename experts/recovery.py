@@ -9,7 +9,7 @@ import numpy as np
 from experts import kernels
 from experts.flights import Flights, GroupCounters
 from experts.layer import Flight, Layer, Placed
-from experts.liveness import EXPERT_COST, Liveness
+from experts.liveness import EXPERT_COST
 from experts.on_demand import OnDemandLoader
 from experts.roster import Roster, Routing
 
@@ -130,14 +130,14 @@ class Recovery:
             liveness.quarantine(now)
             if self._duplicate(layer, flight) and not flight.hedged:
                 self._counters.resends += 1
-        elif not flight.hedged and waited > liveness.hedge_after(flight.work) and self._may_hedge(liveness):
+        elif (
+            not flight.hedged
+            and waited > liveness.hedge_after(flight.work)
+            and (liveness.new or self._flights.budget.take())
+        ):
             flight.hedged = True
             if self._duplicate(layer, flight):
                 self._counters.hedges += 1
-
-    def _may_hedge(self, liveness: Liveness) -> bool:
-        """A worker that has just come is not counted: its deadline is long, and its hedges are few."""
-        return liveness.cold or self._flights.budget.take()
 
     def _duplicate(self, layer: Layer, flight: Flight) -> bool:
         """Send what this flight still owes to replicas that have not been asked. False if there are none.

@@ -392,3 +392,26 @@ def test_a_placement_is_in_use_before_anybody_is_chosen_by_it() -> None:
         made.run(batch())
         assert in_use == [made.roster.placement]
         assert made.group.placement_in_use is None
+
+
+def test_a_worker_that_is_quarantined_time_and_again_is_hedged_within_the_budget() -> None:
+    with pool(ALL, ALL) as made:
+        for seed in range(60):
+            made.run(batch(seed=seed))
+        asked = 0
+
+        def none_left() -> bool:
+            nonlocal asked
+            asked += 1
+            return False
+
+        made.group._flights.budget.take = none_left  # type: ignore[method-assign]
+        before = made.group.counters.hedges
+        for seed in range(5):
+            made.member("a").liveness.quarantine(made.clock.now)  # type: ignore[attr-defined]
+            made.clock.now += 100.0
+            made.links["a"].delay = 0.3
+            work = batch(seed=seed)
+            assert_same_cup(made.run(work), work)
+        assert asked > 0
+        assert made.group.counters.hedges == before

@@ -114,3 +114,13 @@ def test_a_wait_for_somebody_else_is_not_held_against_a_worker() -> None:
     for i in range(liveness.STRAGGLER_STREAK):
         worker.answered(200.0 + i, 0.02, WORK, others, at_least=0.019)
     assert worker.suspect(200.5 + liveness.STRAGGLER_STREAK - 1, outstanding=0)
+
+
+def test_only_a_worker_that_has_just_come_is_new() -> None:
+    worker = Liveness()
+    assert worker.new
+    for i in range(liveness.WARM_ANSWERS):
+        worker.answered(float(i), 0.001, WORK)
+    worker.quarantine(100.0)
+    assert worker.cold
+    assert not worker.new
