@@ -101,11 +101,7 @@ class OnDemandLoader:
     def _room(self) -> dict[Member, int]:
         """Survivors that are well, and the bytes that each has free."""
         now = time.monotonic()
-        survivors = [
-            member
-            for member in self._roster.members
-            if member.up and member.link and not member.liveness.suspect(now, member.link.outstanding)
-        ]
+        survivors = [member for member in self._roster.members if _well(member, now)]
         answers: queue.SimpleQueue[tuple[Member, int]] = queue.SimpleQueue()
         for member in survivors:
             threading.Thread(target=lambda m=member: answers.put((m, self._free(m))), daemon=True).start()
@@ -138,3 +134,8 @@ class OnDemandLoader:
                         self.loads += len(loaded)
         except OSError as error:
             log.warning("%s cannot load %d experts: %s", member.name, len(keys), error)
+
+
+def _well(member: Member, now: float) -> bool:
+    link = member.link  # the roster may replace or drop it meanwhile
+    return link is not None and not link.down and not member.liveness.suspect(now, link.outstanding)
