@@ -127,6 +127,7 @@ class Roster:
         self._cached: tuple[object, ...] = ()
         self._settled = -1  # the version in which nobody was suspect or owed an answer when last looked at
         self._routings: dict[int, Routing] = {}
+        self._uncovered: dict[bool, tuple[tuple[int, ...], list[ExpertKey]]] = {}
         self._closed = False
         self._check = threading.Event()
         self._thread = threading.Thread(target=self._keep_attached, name="roster", daemon=True)
@@ -183,14 +184,12 @@ class Roster:
         """Experts that no reachable worker holds, in order. well: count suspects as out of reach."""
         now = self._clock()
         members = self.members
-        keys = []
-        for layer in sorted(self._layers):
-            routing = self._route(layer, members, now)
-            least = BUSY if well else SUSPECT
-            for expert, who in enumerate(routing.holders):
-                if all(routing.fitness[i] < least for i in who):
-                    keys.append((layer, expert))
-        return keys
+        least = BUSY if well else SUSPECT
+        state = (self._version, *[_fitness(member, now) >= least for member in members])
+        found = self._uncovered.get(well)
+        if found is None or found[0] != state:
+            found = self._uncovered[well] = state, self._find_uncovered(members, now, least)
+        return list(found[1])
 
     def awaited(self, key: ExpertKey) -> bool:
         """Whether a worker that holds it, by the controller's word, is out of reach and may come back."""
@@ -267,6 +266,16 @@ class Roster:
                 reachable = (i for i in who if fitness[i] > OUT_OF_REACH and key not in members[i].not_held)
                 holders.append(tuple(sorted(reachable)))
             return Routing.of(self.epoch, members, tuple(holders), fitness)
+
+    def _find_uncovered(self, members: tuple[Member, ...], now: float, least: int) -> list[ExpertKey]:
+        """Experts that no member of at least this fitness holds."""
+        keys = []
+        for layer in sorted(self._layers):
+            routing = self._route(layer, members, now)
+            for expert, who in enumerate(routing.holders):
+                if all(routing.fitness[i] < least for i in who):
+                    keys.append((layer, expert))
+        return keys
 
     def _keep_attached(self) -> None:
         while True:

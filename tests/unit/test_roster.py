@@ -12,7 +12,7 @@ import pytest
 from experts.link import LinkDown
 from experts.pool_view import WorkerView
 from experts.roster import LONGEST_RETRY_SECONDS, Roster
-from tests.unit.fake_links import Clock, FakeLink, random_weights, view
+from tests.unit.fake_links import Clock, FakeLink, attached_roster, random_weights, view
 
 VIEW = view({0: [["a"]] * 6}, "a")
 
@@ -144,5 +144,26 @@ def test_a_new_term_may_begin_with_a_lower_epoch() -> None:
         assert roster.placement == (2, 3)
         roster.update(replace(VIEW, term=1, epoch=31))
         assert roster.placement == (2, 3)
+    finally:
+        roster.close()
+
+
+def test_what_is_uncovered_is_found_once_and_again_when_it_may_have_changed() -> None:
+    clock = Clock()
+    links = {name: FakeLink(clock, random_weights(), ()) for name in "ab"}
+    roster = attached_roster(links, view({0: [["a"]] * 5 + [["b"]]}, "ab"), clock)
+    try:
+        assert roster.uncovered() == []
+        route = roster._route
+        roster._route = None  # type: ignore[method-assign, assignment]
+        assert roster.uncovered() == []
+        roster._route = route  # type: ignore[method-assign]
+        links["b"].close()
+        assert roster.uncovered() == [(0, 5)]
+        roster.members[0].liveness.quarantine(clock.now)
+        assert roster.uncovered() == [(0, 5)]
+        assert len(roster.uncovered(well=True)) == 6
+        roster.loaded(roster.members[0], [(0, 5)])
+        assert roster.uncovered() == []
     finally:
         roster.close()
