@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
+from barista.balance import plan
 from barista.config import ServeConfig
+from barista.errors import ConfigError
 from barista.machine import usable_cores
+from barista.placement import Placement, WorkerCapacity
 from experts.checkpoint import open_checkpoint
 from experts.cluster.messages import PoolConfig
-from experts.expert_model import expert_bytes
+from experts.expert_model import ExpertModel, expert_bytes
 from experts.formats import held_dtype
 from router.model.expert_model import expert_model
 from router.pool_process import PoolProcess
@@ -27,9 +32,11 @@ def pool_process(config: ServeConfig, path: Path) -> PoolProcess:
 
 
 def pool_order(config: ServeConfig, path: Path) -> PoolConfig:
-    """The keeper's first line. Raises as expert_model."""
+    """The keeper's first line. Raises as expert_model, and ConfigError for workers that cannot hold all experts."""
     checkpoint = open_checkpoint(path)
     model = expert_model(checkpoint, held_dtype(checkpoint, config.format))
+    if config.pool is None and config.worker_memory is not None:
+        _require_room(model, expert_bytes(checkpoint, model), config.workers, config.worker_memory)
     return PoolConfig(
         pool=config.pool,
         workers=config.workers,
@@ -42,6 +49,21 @@ def pool_order(config: ServeConfig, path: Path) -> PoolConfig:
         trace_to=trace_target(config),
         trace_ratio=config.trace_ratio,
     )
+
+
+def _require_room(model: ExpertModel, sizes: Mapping[int, int], workers: int, worker_memory: int) -> None:
+    """Plan what the controller would plan, so that what cannot fit is refused before anything is started."""
+    nothing = Placement.empty({layer: spec.num_experts for layer, spec in model.layers.items()})
+    capacities = [WorkerCapacity(f"worker-{number}", worker_memory) for number in range(workers)]
+    missing = plan({}, nothing, capacities, sizes, redundancy=1).missing_bytes
+    if missing:
+        needed = sum(size * model.layers[layer].num_experts for layer, size in sizes.items())
+        enough = math.ceil(needed / workers) + max(sizes.values())
+        raise ConfigError(
+            f"{missing} bytes of memory for experts are missing: {workers} workers of {worker_memory} cannot hold "
+            f"the {needed} bytes of all experts.",
+            f"Give --worker-memory {enough}, or more --workers.",
+        )
 
 
 def worker_threads(config: ServeConfig) -> int:

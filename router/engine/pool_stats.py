@@ -47,4 +47,6 @@ def _link_stats(member: Member) -> LinkStats:
 def _state(member: Member, link: Link | None) -> str:
     if link is None or link.down:
         return "down"
-    return "suspect" if member.liveness.suspect(time.monotonic(), link.outstanding) else "ready"
+    # Between two steps nobody is asked anything: who owes an answer now is late, even if a hedge covered for it.
+    late = link.outstanding > 0 or member.liveness.suspect(time.monotonic(), link.outstanding)
+    return "suspect" if late else "ready"
