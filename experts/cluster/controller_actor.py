@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import grpc
 import ray
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
-from barista.errors import BaristaError
+from barista.errors import BaristaError, ConfigError
 from barista.trust import Trust
+from experts.cluster.host import listening_host
 from experts.cluster.messages import PoolConfig
+from experts.cluster.serving_thread import ServingThread
 from experts.cluster.workers import RayWorkers
 from experts.controller.lease import Lease
 from experts.controller.runner import Runner
@@ -25,20 +28,23 @@ log = logging.getLogger(__name__)
 
 NAME = "barista-controller"
 LEASE_CHECK_SECONDS = 0.5
+PORT_SECONDS = 5.0  # for the port of the controller before this one
+PORT_RETRY_SECONDS = 0.25
 
 
 class ControllerActor:
     """Serves from its construction, in a thread with an event loop of its own; a restarted one serves at the same port.
 
-    host: to listen on, and of the engines. The workers that it finds in the namespace are the pool's.
+    home: the address of the node where the pool is made, and of its engines. The workers that it finds in the namespace
+    are the pool's.
     """
 
-    def __init__(self, config: PoolConfig, token: str, namespace: str, node_host: str, host: str) -> None:
+    def __init__(self, config: PoolConfig, token: str, namespace: str, home: str) -> None:
         self._config = config
         self._token = token
         self._namespace = namespace
-        self._host = host
-        self._workers = RayWorkers(config, token, namespace, node_host)
+        self._home = home
+        self._workers = RayWorkers(config, token, namespace, home)
         self._lease = Lease(time.monotonic())
         self._pool = Pool(
             PoolSettings(
@@ -52,13 +58,8 @@ class ControllerActor:
             found=self._workers.found(),
         )
         self._address = ""
-        self._failure: BaseException | None = None
-        self._serving = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._run, name="controller", daemon=True).start()
-        self._serving.wait()
-        if self._failure is not None:
-            raise self._failure
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        self._thread = ServingThread(self._main, restarted=restarted)
 
     def about(self) -> tuple[str, str, bytes, str]:
         """(host:port, token, the model's digest, the model's path)."""
@@ -66,7 +67,7 @@ class ControllerActor:
 
     def start_workers(self) -> None:
         """Place the first workers; they start on their own. Raises ConfigError when they cannot be placed."""
-        asyncio.run_coroutine_threadsafe(self._start_workers(), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._start_workers(), self._thread.loop).result()
 
     def keep_alive(self) -> None:
         """The keeper lives: a pool without a name does not end."""
@@ -76,30 +77,38 @@ class ControllerActor:
         """Kill the workers. The caller then kills this actor."""
         self._workers.stop_all()
 
-    def _run(self) -> None:
-        try:
-            asyncio.set_event_loop(self._loop)
-            self._loop.run_until_complete(self._main())
-        except BaseException as error:  # of any kind: the constructor raises it
-            self._failure = error
-            log.exception("The controller ended.")
-        finally:
-            self._serving.set()
-
-    async def _main(self) -> None:
+    async def _main(self, serves: Callable[[], None]) -> None:
         trust = Trust(self._token, Path(self._config.tls_dir) if self._config.tls_dir else None)
         model = self._config.model
         runner = self._runner = Runner(self._pool, self._workers, trust, probe_row(model.hidden_size, model.dtype))
-        key = f"barista/{self._namespace}/port"
-        port = int(_internal_kv_get(key) or 0)
-        _, port = await serve(runner, trust, f"{self._host}:{port}")
-        _internal_kv_put(key, str(port))
-        self._address = f"{self._host}:{port}"
-        self._serving.set()
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(runner.run())
-            if self._config.pool is None:
-                tasks.create_task(self._end_when_abandoned())
+        server = await self._serve(trust)
+        serves()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(runner.run())
+                if self._config.pool is None:
+                    tasks.create_task(self._end_when_abandoned())
+        finally:
+            await server.stop(None)
+
+    async def _serve(self, trust: Trust) -> grpc.aio.Server:
+        """At the address of the controller before this one, which engines know, unless that was on another node."""
+        host = listening_host(self._config, self._home)
+        key = f"barista/{self._namespace}/address"
+        old_host, _, old_port = (_internal_kv_get(key) or b"").decode().rpartition(":")
+        port = int(old_port) if old_host == host else 0
+        deadline = time.monotonic() + PORT_SECONDS
+        while True:
+            try:
+                server, port = await serve(self._runner, trust, f"{host}:{port}")
+                break
+            except ConfigError:
+                if port == 0 or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(PORT_RETRY_SECONDS)
+        self._address = f"{host}:{port}"
+        _internal_kv_put(key, self._address)
+        return server
 
     async def _start_workers(self) -> None:
         if self._pool.members:  # two servers have made the pool at the same moment
@@ -118,4 +127,4 @@ class ControllerActor:
             await asyncio.sleep(LEASE_CHECK_SECONDS)
         log.warning("Nobody uses this pool any more: it ends.")
         await asyncio.to_thread(self.tear_down)
-        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)  # the end of this process

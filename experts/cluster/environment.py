@@ -13,8 +13,8 @@ def keeper_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a keeper. What the user has set stays; Ray's token authentication is on otherwise.
 
     A local cluster has a token that nobody else knows: nothing is written to the home folder. Its processes listen on
-    loopback alone, all of them, because Ray is told to do without clusters of several nodes, as on macOS; no argument of
-    ray.init has this effect. Ray does not kill its workers for want of memory, which is counted before experts are
+    loopback alone, all of them, because Ray is told to do without clusters of several nodes, as on macOS; no argument
+    of ray.init has this effect. Ray does not kill its workers for want of memory, which is counted before experts are
     loaded, and does not run them at niceness 15, where an engine that waits for them would starve them.
     One that is joined at RAY_ADDRESS is shown the token that this machine has, if it has one: `ray start` asks for it
     in that case, and ray.init does not send it.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from barista.errors import BaristaError, ConfigError
@@ -27,11 +27,12 @@ from experts.cluster.controller_actor import NAME, ControllerActor
 from experts.cluster.local import joined_cluster, local_cluster
 from experts.cluster.messages import PoolConfig
 from experts.cluster.processes import end_with_parent
-from experts.cluster.workers import LOOPBACK, cause_of, package_env
+from experts.cluster.workers import cause_of, package_env
 
 log = logging.getLogger(__name__)
 
 ALIVE_SECONDS = 2.0
+CONTROLLER_SECONDS = 30.0  # to start, and to place the workers
 FAREWELL_SECONDS = (
     10.0  # after the parent has gone; whatever is not done by then is done by those who wait for us, or by the lease
 )
@@ -74,7 +75,7 @@ class Keeper:
             with contextlib.ExitStack() as farewell:
                 if is_new:
                     farewell.callback(_tear_down, controller)
-                address, token, digest, path = ray.get(controller.about.remote())
+                address, token, digest, path = _answer(controller.about.remote(), config)
                 if digest != config.model.digest:
                     raise ConfigError(
                         f"The pool {config.pool} serves another model ({path}, digest {digest.hex()}) than "
@@ -83,7 +84,7 @@ class Keeper:
                     )
                 if is_new:
                     self._say(messages.progress(0.8, f"placing {config.workers} workers"))
-                    ray.get(controller.start_workers.remote())
+                    _answer(controller.start_workers.remote(), config)
                 self._say(messages.ready(address, token, config.pool or ""))
                 self._wait(controller, config)
                 if config.pool is not None:
@@ -127,7 +128,6 @@ def _controller(config: PoolConfig, token: str, namespace: str) -> tuple[Any, bo
     with contextlib.suppress(ValueError):
         return ray.get_actor(NAME, namespace), False
     here = ray.get_runtime_context().get_node_id()
-    host = ray.util.get_node_ip_address()
     controller = (
         ray.remote(ControllerActor)
         .options(
@@ -138,12 +138,26 @@ def _controller(config: PoolConfig, token: str, namespace: str) -> tuple[Any, bo
             max_restarts=-1,
             max_concurrency=8,
             num_cpus=0,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=True),
+            # Without encryption its engines, which are here, cannot reach it on another node.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=config.tls_dir is not None),
             runtime_env=package_env(),
         )
-        .remote(config, token, namespace, host, host if config.tls_dir else LOOPBACK)
+        .remote(config, token, namespace, ray.util.get_node_ip_address())
     )
     return controller, True
+
+
+def _answer(reference: Any, config: PoolConfig) -> Any:
+    """What the controller answers. Raises ConfigError when it takes too long, as one that Ray cannot place does."""
+    try:
+        return ray.get(reference, timeout=CONTROLLER_SECONDS)
+    except GetTimeoutError:
+        pool = f"of pool {config.pool} " if config.pool else ""
+        raise ConfigError(
+            f"The controller {pool}has not answered within {CONTROLLER_SECONDS:.0f} s.",
+            "See in `ray list actors` what it waits for and in `ray status` whether its node lives, "
+            "or give another --pool.",
+        ) from None
 
 
 def _tear_down(controller: Any) -> None:

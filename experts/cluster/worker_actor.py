@@ -5,51 +5,62 @@ from __future__ import annotations
 from pathlib import Path
 
 import ray
+from ray.util.placement_group import get_current_placement_group, placement_group_table
 
 from barista.machine import available_memory
 from barista.tracing import WORKER_SERVICE, open_tracer
 from barista.trust import Trust
+from experts.cluster.host import listening_host
 from experts.cluster.messages import PoolConfig
 
 MEMORY_SHARE = 0.8  # of what is free; the rest is room for rows, windows and the other processes of the node
 
 
 class WorkerActor:
-    """name: worker-0. host: to listen on. neighbours: workers of the pool on this node, this one included.
+    """name: worker-0. home: the address of the node where the pool was made.
 
     Rows never pass through Ray: its calls say where the server is, and no more.
     """
 
-    def __init__(self, config: PoolConfig, token: str, name: str, host: str, neighbours: int) -> None:
+    def __init__(self, config: PoolConfig, token: str, name: str, home: str) -> None:
         self._config = config
         self._token = token
         self._name = name
-        self._host = host
-        self._neighbours = neighbours
+        self._home = home
         self._address = ""
 
-    def serve(self, capacity_bytes: int) -> tuple[str, str]:
+    def serve(self, capacity_bytes: int, node_id: str) -> tuple[str, str]:
         """Serve, unless it does already; returns host:port and the id of the node.
 
-        capacity_bytes: what it had before a restart, because its neighbours now use what was free then; 0: unknown.
-        Raises CheckpointError when its node lacks the checkpoint, ConfigError when it cannot listen.
+        capacity_bytes: what it had before a restart on the node node_id, because its neighbours now use what was free
+        then; 0: unknown. On another node it counts anew. Raises CheckpointError when its node lacks the checkpoint,
+        ConfigError when it cannot listen.
         """
+        here = ray.get_runtime_context().get_node_id()
         if not self._address:
-            # Imported here, because only this process needs torch.
-            from experts.worker.server import WorkerServer
+            known = capacity_bytes if here == node_id else 0
+            capacity = known or self._config.worker_memory or int(available_memory() * MEMORY_SHARE / _neighbours(here))
+            self._address = self._start(listening_host(self._config, self._home), capacity)
+        return self._address, here
 
-            self._server = WorkerServer(
-                self._config.model,
-                self._name,
-                self._host,
-                0,
-                self._config.threads,
-                capacity_bytes or self._config.worker_memory or self._share_of_memory(),
-                Trust(self._token, Path(self._config.tls_dir) if self._config.tls_dir else None),
-                open_tracer(self._config.trace_to, self._config.trace_ratio, WORKER_SERVICE, self._name),
-            )
-            self._address = self._server.address
-        return self._address, ray.get_runtime_context().get_node_id()
+    def _start(self, host: str, capacity_bytes: int) -> str:
+        """Start the server; returns host:port."""
+        from experts.worker.server import WorkerServer  # here, because only this process needs torch
 
-    def _share_of_memory(self) -> int:
-        return int(available_memory() * MEMORY_SHARE / self._neighbours)
+        self._server = WorkerServer(
+            self._config.model,
+            self._name,
+            host,
+            0,
+            self._config.threads,
+            capacity_bytes,
+            Trust(self._token, Path(self._config.tls_dir) if self._config.tls_dir else None),
+            open_tracer(self._config.trace_to, self._config.trace_ratio, WORKER_SERVICE, self._name),
+        )
+        return self._server.address
+
+
+def _neighbours(node_id: str) -> int:
+    """How many workers that were placed together share this node, this one included."""
+    nodes = placement_group_table(get_current_placement_group())["bundles_to_node_id"]
+    return max(1, list(nodes.values()).count(node_id))

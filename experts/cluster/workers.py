@@ -7,7 +7,6 @@ import contextlib
 import math
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from barista.errors import BaristaError, ConfigError
+from experts.cluster.host import elsewhere
 from experts.cluster.local import WORKER_RESOURCE
 from experts.cluster.messages import PoolConfig
 from experts.cluster.worker_actor import WorkerActor
@@ -31,21 +31,21 @@ from experts.controller.runner import Location
 CPUS = 0.01  # a bundle must ask for some; threads are set explicitly
 PLACE_SECONDS = 10.0
 LOCATE_RETRY_SECONDS = 0.2
-LOOPBACK = "127.0.0.1"
 DOMAIN_LABELS = ("ray.io/availability-zone", "topology.kubernetes.io/zone")
 
 
 class RayWorkers:
     """experts.controller.runner.Workers, as actors named worker-0, worker-1, ... of the namespace.
 
-    host: of the controller and its engines.
+    home: the address of the node where the pool is made, and of its engines.
     """
 
-    def __init__(self, config: PoolConfig, token: str, namespace: str, host: str) -> None:
+    def __init__(self, config: PoolConfig, token: str, namespace: str, home: str) -> None:
         self._config = config
         self._token = token
         self._namespace = namespace
-        self._host = host
+        self._home = home
+        self._node_ids: dict[str, str] = {}  # where each has served
         self._group_prefix = f"{namespace}/"  # a group is named after all of its workers
 
     def found(self) -> list[str]:
@@ -62,15 +62,20 @@ class RayWorkers:
         """Where the worker serves, as soon as it does. Raises BaristaError when it cannot."""
         while True:
             try:
-                actor: Any = ray.get_actor(name, self._namespace)
-                address, node_id = await actor.serve.remote(capacity_bytes)
-                return Location(address, node_id[:12], _domain(node_id))
+                actor: Any = await asyncio.to_thread(ray.get_actor, name, self._namespace)
+                address, node_id = await actor.serve.remote(capacity_bytes, self._node_ids.get(name, ""))
+                self._node_ids[name] = node_id
+                return Location(address, node_id[:12], await asyncio.to_thread(_domain, node_id))
             except BaristaError as error:
                 raise cause_of(error) from None
             except (RayActorError, ValueError):  # it is being restarted, or not made yet
                 await asyncio.sleep(LOCATE_RETRY_SECONDS)
             except RayError as error:
                 raise BaristaError(f"{name} cannot serve: {error}") from error
+
+    async def restart(self, name: str) -> None:
+        """Kill the worker's process, in whatever state it is; Ray makes another one in its place."""
+        await asyncio.to_thread(self._kill, name, no_restart=False)
 
     async def stop(self, name: str) -> None:
         """Kill the actor for good, and free its place once no other worker shares its group."""
@@ -89,19 +94,17 @@ class RayWorkers:
         group = placement_group([bundle] * len(names), strategy="SPREAD", name=group_name, lifetime="detached")
         try:
             ray.get(group.ready(), timeout=PLACE_SECONDS)
-            nodes = _nodes_of(group)
-            hosts = self._hosts(nodes)
+            self._require_encryption(_nodes_of(group))
         except GetTimeoutError:
             remove_placement_group(group)
             raise _cannot_place(len(names), min(room, len(names)), bundle) from None
         except ConfigError:
             remove_placement_group(group)
             raise
-        neighbours = Counter(nodes)
         for index, name in enumerate(names):
-            self._make(name, group, index, hosts[nodes[index]], neighbours[nodes[index]])
+            self._make(name, group, index)
 
-    def _make(self, name: str, group: PlacementGroup, index: int, host: str, neighbours: int) -> None:
+    def _make(self, name: str, group: PlacementGroup, index: int) -> None:
         gpus = group.bundle_specs[index].get("GPU", 0)
         ray.remote(WorkerActor).options(
             name=name,
@@ -113,25 +116,22 @@ class RayWorkers:
             resources={WORKER_RESOURCE: 1},
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, index),
             runtime_env=package_env(),
-        ).remote(self._config, self._token, name, host, neighbours)
+        ).remote(self._config, self._token, name, self._home)
 
-    def _hosts(self, nodes: list[str]) -> dict[str, str]:
-        """What the workers of each node listen on: loopback while all are on the controller's host."""
+    def _require_encryption(self, nodes: list[str]) -> None:
+        """Raises ConfigError where workers on other hosts would do without."""
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-        elsewhere = sorted({addresses[node] for node in nodes} - {self._host})
-        if not elsewhere:
-            return dict.fromkeys(nodes, LOOPBACK)
-        if self._config.tls_dir is None:
-            raise ConfigError(
-                f"Workers on other hosts ({', '.join(elsewhere)}) are refused without encryption.",
-                "Give --tls-dir with certificates that all of these hosts have, or offer the resource "
-                f"{WORKER_RESOURCE} on one host only.",
-            )
-        return {node: addresses[node] for node in nodes}
+        others = sorted({addresses[node] for node in nodes} - {self._home})
+        if others and self._config.tls_dir is None:
+            raise elsewhere(others)
+
+    def _kill(self, name: str, *, no_restart: bool) -> None:
+        with contextlib.suppress(ValueError):  # it is not there
+            ray.kill(ray.get_actor(name, self._namespace), no_restart=no_restart)
 
     def _stop(self, name: str) -> None:
-        with contextlib.suppress(ValueError):
-            ray.kill(ray.get_actor(name, self._namespace), no_restart=True)
+        self._kill(name, no_restart=True)
+        self._node_ids.pop(name, None)
         left = set(self.found()) - {name}
         for table in placement_group_table().values():
             group_name = table["name"]

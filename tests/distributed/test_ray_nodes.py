@@ -17,7 +17,7 @@ NODES = 5
 NAMESPACE = "barista-test"
 
 
-def test_workers_are_spread_over_the_nodes_with_a_gpu_each(tmp_path: Path) -> None:
+def test_workers_are_spread_with_a_gpu_each_and_move_when_their_node_dies(tmp_path: Path) -> None:
     model = tiny_expert_model(tmp_path / "model")
     (tmp_path / "model.json").write_text(model.to_json())
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -44,6 +44,12 @@ def test_workers_are_spread_over_the_nodes_with_a_gpu_each(tmp_path: Path) -> No
     assert "1 barista_worker" in message
     assert "ray start --resources='{\"barista_worker\": 11}'" in remedy
     assert seen["left_pending"] == 0
+    for host, node_host in seen["hosts_before"] + seen["hosts_after"]:
+        assert host == node_host
+    moved, restarted = range(2)
+    assert seen["hosts_before"][moved] != seen["hosts_after"][moved]
+    assert seen["hosts_before"][restarted] == seen["hosts_after"][restarted]
+    assert seen["pids_before"][restarted] != seen["pids_after"][restarted]
 
 
 def simulate(model_file: Path) -> dict[str, Any]:
@@ -53,23 +59,32 @@ def simulate(model_file: Path) -> dict[str, Any]:
 
     from experts.cluster import workers as placing
     from experts.cluster.messages import PoolConfig
+    from experts.cluster.worker_actor import WorkerActor
     from experts.expert_model import ExpertModel
 
+    class LightWorker(WorkerActor):
+        """A worker that places itself as all do, without the server and its torch: its port is its process's id."""
+
+        def _start(self, host: str, capacity_bytes: int) -> str:
+            return f"{host}:{os.getpid()}"
+
     placing.PLACE_SECONDS = 2.0
+    placing.WorkerActor = LightWorker
     model = ExpertModel.from_json(model_file.read_text())
     config = PoolConfig(
         pool="test",
         workers=NODES,
         threads=1,
         redundancy=1,
-        worker_memory=1 << 20,
-        tls_dir=None,
+        worker_memory=None,
+        tls_dir="/certs",
         model=model,
         expert_bytes=dict.fromkeys(model.layers, 1),
     )
     cluster = Cluster()
     for number in range(NODES):
         cluster.add_node(
+            **({"node_ip_address": f"127.0.0.{number + 1}"} if number else {}),
             num_cpus=1,
             num_gpus=1,
             resources={"barista_worker": 2},
@@ -80,7 +95,7 @@ def simulate(model_file: Path) -> dict[str, Any]:
     try:
         ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level="error")
         pool = placing.RayWorkers(config, "token", NAMESPACE, ray.util.get_node_ip_address())
-        return asyncio.run(_place(ray, placing, pool))
+        return asyncio.run(_place(ray, placing, pool)) | asyncio.run(_hurt(ray, placing, pool, cluster))
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -111,6 +126,28 @@ async def _place(ray: Any, placing: Any, pool: Any) -> dict[str, Any]:
         await asyncio.sleep(0.1)
     seen["gpus_after_stop_of_all"] = gpus_used()
     return seen
+
+
+async def _hurt(ray: Any, placing: Any, pool: Any, cluster: Any) -> dict[str, Any]:
+    """Two workers serve; the node of one is removed, the process of the other killed."""
+    names = ["worker-20", "worker-21"]
+
+    async def look(when: str) -> dict[str, Any]:
+        where = await asyncio.gather(*(pool.locate(name, 0) for name in names))
+        hosts = {node["NodeID"][:12]: node["NodeManagerAddress"] for node in ray.nodes()}
+        found = [(location.address.split(":")[0], hosts[location.node]) for location in where]
+        pids = [location.address.split(":")[1] for location in where]
+        return {f"hosts_{when}": found, f"pids_{when}": pids, f"ids_{when}": [location.node for location in where]}
+
+    await pool.start(names)
+    before = await look("before")
+    if before["ids_before"][0] == cluster.head_node.node_id[:12]:
+        names.reverse()
+        before = await look("before")
+    lost = next(node for node in cluster.worker_nodes if node.node_id[:12] == before["ids_before"][0])
+    cluster.remove_node(lost)
+    await pool.restart(names[1])
+    return before | await look("after")
 
 
 if __name__ == "__main__":
