@@ -38,6 +38,7 @@ class WorkerGroup:
         self._recovery = Recovery(roster, loader, self._flights, self.counters, clock)
         # Term and epoch by which the layer under way was sent, or older; read by the thread that acknowledges epochs.
         self.placement_in_use: tuple[int, int] | None = None
+        self._unavailable: tuple[int, np.ndarray] | None = None
 
     def dispatch(self, batch: DispatchBatch) -> Layer:
         """Send every pair to a replica of its expert. What nobody holds stays missing, for combine to see to."""
@@ -77,6 +78,11 @@ class WorkerGroup:
         self.counters.combine_seconds += self._clock() - now
         return result
 
+    def unavailable(self, step: int) -> np.ndarray | None:
+        """[num_tokens] bool: which of this step's tokens have failed so far for want of a worker that computes one of
+        their experts. None if there are none; the others that failed met values that are not finite."""
+        return self._unavailable[1] if self._unavailable is not None and self._unavailable[0] == step else None
+
     def _note_answers(self, layer: Layer) -> None:
         """What the express way has learnt of its workers."""
         assert layer.sent is not None
@@ -98,9 +104,11 @@ class WorkerGroup:
             if not failed.any() or not self._recovery.forget_nonfinite(ticket):
                 break
         if ticket.hopeless:
-            lost = torch.from_numpy(ticket.absent.any(axis=1))
-            failed |= lost
-            rows[lost] = 0
+            lost: np.ndarray = ticket.absent.any(axis=1)
+            before = self.unavailable(batch.step)
+            self._unavailable = batch.step, lost if before is None else np.logical_or(lost, before)
+            failed |= torch.from_numpy(lost)
+            rows[torch.from_numpy(lost)] = 0
         if ticket.accused and not failed.any():
             for member in ticket.accused:
                 member.liveness.quarantine(self._clock())

@@ -47,6 +47,11 @@ ENGINE_FAILURES: Mapping[str, Callable[[], RequestError]] = {
     "context_length_exceeded": lambda: InvalidRequest("The prompt and its answer do not fit the context."),
     "invalid_request": lambda: InvalidRequest("The engine refused this request."),
     "nonfinite": lambda: EngineFailed("The model computed a value that is not finite for this request."),
+    "expert_unavailable": lambda: EngineFailed(
+        "No worker that can be reached now holds an expert that this request needs. Send it again in a while.",
+        status=503,
+        retry_after=5,
+    ),
     "internal": lambda: EngineFailed("The server failed to finish this request."),
 }
 

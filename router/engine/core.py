@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NONFINITE = "The model gave values that are not finite for this request."
+UNAVAILABLE = "No worker in reach could compute an expert that this request needs."
 INTERNAL = "The engine failed in a step of this request."
 # Steps in a row that may fail before the engine gives up: one may be a request's fault or a moment without memory.
 MAX_FAILED_STEPS = 3
@@ -153,11 +154,16 @@ class Engine:
         """End the requests with a row that the experts could not answer, before any of it is recorded or cached."""
         if not failed.any():
             return
-        of_chunk = torch.split(failed, [chunk.num_tokens for chunk in plan.chunks])
-        for chunk, rows in zip(plan.chunks, of_chunk, strict=True):
+        remote = self._model.remote
+        lost = None if remote is None else remote.group.unavailable(self._steps)
+        unavailable = torch.zeros_like(failed) if lost is None else torch.from_numpy(lost)
+        lengths = [chunk.num_tokens for chunk in plan.chunks]
+        of_chunk = zip(plan.chunks, torch.split(failed, lengths), torch.split(unavailable, lengths), strict=True)
+        for chunk, rows, lacking in of_chunk:
             if rows.any():
+                code, message = ("expert_unavailable", UNAVAILABLE) if lacking.any() else ("nonfinite", NONFINITE)
                 self._scheduler.abort(chunk.sequence.request_id)
-                self._failed.append(Failed(chunk.sequence.request_id, "nonfinite", NONFINITE))
+                self._failed.append(Failed(chunk.sequence.request_id, code, message))
 
 
 def make_batch(plan: StepPlan, block_size: int) -> Batch:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +64,27 @@ def test_an_expert_that_is_not_finite_fails_only_the_requests_that_meet_it(
     assert recorder.failed == dict.fromkeys(touched, "nonfinite")
     clean = answer(engine_on(healthy), submits)
     assert all(recorder.tokens[name] == clean.tokens[name] for name in clean.tokens if name not in touched)
+
+
+def test_a_request_whose_expert_cannot_be_reached_is_told_so(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = model.trunk.forward
+
+    def two_fail(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, failed = forward(*args)
+        failed[0] = failed[3] = True
+        return logits, failed
+
+    lost = np.array([True, False, False, False, False, False])
+    group = SimpleNamespace(unavailable=lambda step: lost if step == 0 else None)
+    monkeypatch.setattr(model.trunk, "forward", two_fail)
+    monkeypatch.setattr(model, "remote", SimpleNamespace(group=group))
+    engine = engine_on(model)
+    for name in ("lacking", "broken", "well"):
+        engine.submit(request(name, [5, 6], max_tokens=1))
+    recorder = Recorder()
+    recorder.record(engine.step())
+    assert recorder.failed == {"lacking": "expert_unavailable", "broken": "nonfinite"}
+    assert len(recorder.tokens["well"]) == 1
 
 
 def _experts_met(model: Model, submit: object) -> set[tuple[int, int]]:

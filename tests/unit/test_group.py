@@ -233,6 +233,7 @@ def test_nan_from_the_only_worker_fails_the_tokens_that_need_it_and_no_other() -
         rows, failed = made.run(work)
         last = max(t for t in range(8) if work[1][t, 0] < 3)
         assert failed.tolist() == [token == last for token in range(8)]
+        assert made.group.unavailable(made.step) is None
         expected, _ = kernels.moe(*work, TABLE)
         expected[last] = 0
         assert torch.equal(rows, expected)
@@ -266,6 +267,8 @@ def test_past_the_limit_only_the_tokens_fail_that_need_the_missing_expert() -> N
         made.roster.wait_changed = tick  # type: ignore[method-assign]
         rows, failed = made.run(work)
         assert failed.tolist() == (work[1] < 3).any(dim=1).tolist()
+        assert made.group.unavailable(made.step).tolist() == failed.tolist()  # type: ignore[union-attr]
+        assert made.group.unavailable(made.step + 1) is None
         assert not rows[failed].any()
         expected, _ = kernels.moe(*work, TABLE)
         assert torch.equal(rows[~failed], expected[~failed])
