@@ -47,6 +47,7 @@ class ServingThread:
             log.exception("The controller has failed.")
             self._failure = error
         finally:
+            self.loop.close()
             if self._must_end:
                 self._end_process(1)
             self._settled.set()

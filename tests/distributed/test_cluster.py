@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -17,16 +18,20 @@ from typing import Any
 
 import psutil
 import pytest
+from ray.exceptions import GetTimeoutError
 
 from barista.cache import cache_root
+from barista.errors import ConfigError
 from barista.trust import Trust
 from barista.v1 import controller_pb2 as pb
 from barista.v1.controller_pb2_grpc import ControllerStub
 from experts import kernels
 from experts.checkpoint import open_checkpoint
 from experts.cluster.environment import keeper_environment
+from experts.cluster.keeper import _answer, _cluster
 from experts.cluster.messages import PoolConfig
 from experts.cluster.processes import children
+from experts.cluster.serving_thread import ServingThread
 from experts.expert_model import ExpertModel, expert_bytes
 from tests.distributed.workers import ROOT, tiny_expert_model
 
@@ -222,12 +227,54 @@ def test_a_ray_address_that_does_not_answer_is_refused(model: ExpertModel, envir
     assert "RAY_ADDRESS" in answer["remedy"]
 
 
-def test_a_named_pool_needs_a_cluster_that_outlives_its_server(model: ExpertModel, environment: dict[str, str]) -> None:
-    with keeper_of(pool_config(model, pool="espresso"), environment) as keeper:
-        answer = keeper.answer()
-    assert answer["event"] == "fatal"
-    assert "espresso" in answer["message"]
-    assert "ray start --head" in answer["remedy"]
+def test_a_named_pool_needs_a_cluster_that_outlives_its_server(
+    model: ExpertModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="espresso") as caught:
+        _cluster(pool_config(model, pool="espresso"), "namespace")
+    assert "ray start --head" in caught.value.remedy
+
+
+def test_a_controller_that_ray_cannot_place_is_not_waited_for_without_end(
+    model: ExpertModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(reference: object, *, timeout: float) -> None:
+        raise GetTimeoutError(f"not within {timeout} s")
+
+    monkeypatch.setattr("ray.get", never)
+    with pytest.raises(ConfigError, match="of pool espresso has not answered within 30 s") as caught:
+        _answer(None, pool_config(model, pool="espresso"))
+    assert "ray status" in caught.value.remedy
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("failure", [RuntimeError("the loop has failed"), None])
+def test_a_controller_that_ends_after_its_start_takes_its_process_along(
+    restarted: bool, failure: Exception | None
+) -> None:
+    ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    async def main(serves: Callable[[], None]) -> None:
+        serves()
+        if failure is not None:
+            raise failure
+
+    with contextlib.suppress(RuntimeError):  # it may fail before the constructor looks
+        ServingThread(main, restarted=restarted, end_process=ended.put)
+    assert ended.get(timeout=END_SECONDS) == 1
+
+
+def test_a_first_controller_says_why_it_cannot_start_and_a_restarted_one_is_tried_again() -> None:
+    ended: list[int] = []
+
+    async def main(serves: Callable[[], None]) -> None:
+        raise ConfigError("The port is taken.")
+
+    for restarted in (False, True):
+        with pytest.raises(ConfigError, match="taken"):
+            ServingThread(main, restarted=restarted, end_process=ended.append)
+        assert ended == [1] * restarted
 
 
 def test_what_the_user_says_of_ray_stays_and_tokens_are_used(tmp_path: Path) -> None:
