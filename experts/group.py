@@ -106,7 +106,10 @@ class WorkerGroup:
         if ticket.hopeless:
             lost: np.ndarray = ticket.absent.any(axis=1)
             before = self.unavailable(batch.step)
-            self._unavailable = batch.step, lost if before is None else np.logical_or(lost, before)
+            if before is None:
+                self._unavailable = batch.step, lost
+            else:
+                before |= lost
             failed |= torch.from_numpy(lost)
             rows[torch.from_numpy(lost)] = 0
         if ticket.accused and not failed.any():
