@@ -38,7 +38,7 @@ class WorkerGroup:
         self._recovery = Recovery(roster, loader, self._flights, self.counters, clock)
         # Term and epoch by which the layer under way was sent, or older; read by the thread that acknowledges epochs.
         self.placement_in_use: tuple[int, int] | None = None
-        self._unavailable: tuple[int, np.ndarray] | None = None
+        self._unavailable: tuple[int, torch.Tensor] | None = None
 
     def dispatch(self, batch: DispatchBatch) -> Layer:
         """Send every pair to a replica of its expert. What nobody holds stays missing, for combine to see to."""
@@ -78,7 +78,7 @@ class WorkerGroup:
         self.counters.combine_seconds += self._clock() - now
         return result
 
-    def unavailable(self, step: int) -> np.ndarray | None:
+    def unavailable(self, step: int) -> torch.Tensor | None:
         """[num_tokens] bool: which of this step's tokens have failed so far for want of a worker that computes one of
         their experts. None if there are none; the others that failed met values that are not finite."""
         return self._unavailable[1] if self._unavailable is not None and self._unavailable[0] == step else None
@@ -104,14 +104,11 @@ class WorkerGroup:
             if not failed.any() or not self._recovery.forget_nonfinite(ticket):
                 break
         if ticket.hopeless:
-            lost: np.ndarray = ticket.absent.any(axis=1)
+            lost = torch.from_numpy(ticket.absent).any(dim=1)
+            failed |= lost
+            rows[lost] = 0
             before = self.unavailable(batch.step)
-            if before is None:
-                self._unavailable = batch.step, lost
-            else:
-                before |= lost
-            failed |= torch.from_numpy(lost)
-            rows[torch.from_numpy(lost)] = 0
+            self._unavailable = batch.step, lost if before is None else lost | before
         if ticket.accused and not failed.any():
             for member in ticket.accused:
                 member.liveness.quarantine(self._clock())

@@ -156,7 +156,7 @@ class Engine:
             return
         remote = self._model.remote
         lost = None if remote is None else remote.group.unavailable(self._steps)
-        unavailable = torch.zeros_like(failed) if lost is None else torch.from_numpy(lost)
+        unavailable = torch.zeros_like(failed) if lost is None else lost
         lengths = [chunk.num_tokens for chunk in plan.chunks]
         of_chunk = zip(plan.chunks, torch.split(failed, lengths), torch.split(unavailable, lengths), strict=True)
         for chunk, rows, lacking in of_chunk:

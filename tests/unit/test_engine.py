@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -74,7 +73,7 @@ def test_a_request_whose_expert_cannot_be_reached_is_told_so(model: Model, monke
         failed[0] = failed[3] = True
         return logits, failed
 
-    lost = np.array([True, False, False, False, False, False])
+    lost = torch.tensor([True, False, False, False, False, False])
     group = SimpleNamespace(unavailable=lambda step: lost if step == 0 else None)
     monkeypatch.setattr(model.trunk, "forward", two_fail)
     monkeypatch.setattr(model, "remote", SimpleNamespace(group=group))
