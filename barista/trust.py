@@ -110,7 +110,21 @@ class Trust:
         return len(given) == 1 and hmac.compare_digest(str(given[0]).encode(), wanted.encode())
 
 
-_REFUSAL = "The deployment token is missing or wrong."
+def with_remedy(reason: str) -> str:
+    """Why a call in a pool has failed, in gRPC's words, and what would help where it was for want of trust."""
+    words = reason.lower()
+    if "handshake" in words or "certificate" in words:
+        return f"{reason.rstrip('.')}. {_CERTIFICATE_REMEDY}"
+    return reason
+
+
+_CERTIFICATE_REMEDY = (
+    f"Both ends need --tls-dir, with certificates for the DNS name {TLS_NAME} that the same ca.pem has signed."
+)
+_REFUSAL = (
+    f"The deployment token is missing or wrong. Give both ends the token of the same pool ({TOKEN_VARIABLE} of a "
+    "worker that is started by hand), or restart whatever belongs to an earlier pool."
+)
 
 
 class _Interceptor(grpc.ServerInterceptor):  # type: ignore[misc]  # grpc has no types

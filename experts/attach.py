@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from barista.protocol import PROTOCOL_VERSION
-from barista.trust import Trust
+from barista.trust import Trust, with_remedy
 from barista.v1 import experts_pb2 as pb
 from barista.v1 import experts_pb2_grpc
 from experts.expert_model import ExpertModel
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 ATTACH_SECONDS = 5.0
 CALL_SECONDS = 5.0
+STALL_SECONDS = 30.0  # between two reports of a worker that loads
 
 _DTYPES = {"float32": pb.ROW_DTYPE_FLOAT32, "bfloat16": pb.ROW_DTYPE_BFLOAT16}
 
@@ -56,6 +58,9 @@ def attach(address: str, hello: Hello, trust: Trust, transport: str = "auto") ->
             return _AttachedShmLink(window, stream)
         if transport == "shm":
             raise LinkDown(f"{address}: no shared memory: {attached.window_refusal}")
+    except LinkDown as error:
+        stream.close()
+        raise LinkDown(with_remedy(str(error))) from error
     except BaseException:
         stream.close()
         raise
@@ -121,9 +126,9 @@ def _greet(stream: ExchangeStream, hello: Hello, window: Window | None) -> pb.At
 class CallFailed(OSError):
     """A call to a worker ended without an answer. code: gRPC's."""
 
-    def __init__(self, address: str, error: grpc.RpcError) -> None:
-        self.code: grpc.StatusCode = error.code()
-        super().__init__(f"{address}: {self.code.name}: {error.details()}")
+    def __init__(self, address: str, code: grpc.StatusCode, details: str) -> None:
+        self.code = code
+        super().__init__(with_remedy(f"{address}: {code.name}: {details}"))
 
 
 class WorkerClient:
@@ -139,13 +144,39 @@ class WorkerClient:
         return reply
 
     def assign(self, keys: Iterable[tuple[int, int]], *, term: int = 0, epoch: int = 0) -> Iterator[pb.AssignProgress]:
-        """Load (layer, expert) pairs; one report a layer, for as long as it takes."""
+        """Load (layer, expert) pairs; one report a layer, for as long as it takes.
+
+        A call without a report for 30 s is cancelled, and raises CallFailed of DEADLINE_EXCEEDED.
+        """
         request = pb.AssignRequest(term=term, epoch=epoch, experts=_by_layer(keys))
         try:
             with self._trust.channel(self._address) as channel:
-                yield from experts_pb2_grpc.ExpertsStub(channel).Assign(request, metadata=self._trust.metadata)
+                call = experts_pb2_grpc.ExpertsStub(channel).Assign(request, metadata=self._trust.metadata)
+                while (progress := self._next_report(call)) is not None:
+                    yield progress
         except grpc.RpcError as error:
-            raise CallFailed(self._address, error) from error
+            raise CallFailed(self._address, error.code(), error.details()) from error
+
+    def _next_report(self, call: Any) -> pb.AssignProgress | None:
+        """None after the last one."""
+        stalled = threading.Event()
+
+        def give_up() -> None:
+            stalled.set()
+            call.cancel()
+
+        timer = threading.Timer(STALL_SECONDS, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            return next(call, None)
+        except grpc.RpcError as error:
+            if stalled.is_set():
+                details = f"no expert was loaded within {STALL_SECONDS:g} s"
+                raise CallFailed(self._address, grpc.StatusCode.DEADLINE_EXCEEDED, details) from error
+            raise
+        finally:
+            timer.cancel()
 
     def release(self, keys: Iterable[tuple[int, int]], *, term: int = 0, epoch: int = 0) -> int:
         """Forget (layer, expert) pairs. Returns the bytes that the worker still holds."""
@@ -169,7 +200,7 @@ class WorkerClient:
                 call = getattr(experts_pb2_grpc.ExpertsStub(channel), method)
                 return call(request, metadata=self._trust.metadata, timeout=CALL_SECONDS)
         except grpc.RpcError as error:
-            raise CallFailed(self._address, error) from error
+            raise CallFailed(self._address, error.code(), error.details()) from error
 
 
 def _by_layer(keys: Iterable[tuple[int, int]]) -> list[pb.LayerExperts]:

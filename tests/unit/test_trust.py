@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from barista.errors import ConfigError
-from barista.trust import Trust
+from barista.trust import TLS_NAME, Trust, with_remedy
 
 
 def test_a_call_with_the_metadata_of_the_same_token_is_accepted():
@@ -49,3 +49,8 @@ def test_a_missing_file_is_named(tmp_path: Path, missing: str):
         (tmp_path / name).write_text("x")
     with pytest.raises(ConfigError, match=missing):
         Trust("secret", tmp_path)
+
+
+def test_only_what_failed_for_want_of_trust_gets_a_remedy():
+    assert with_remedy("UNAVAILABLE: connection refused") == "UNAVAILABLE: connection refused"
+    assert TLS_NAME in with_remedy("Tls handshake failed (TSI_PROTOCOL_FAILURE): CERTIFICATE_VERIFY_FAILED")
