@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from barista.errors import ConfigError
 from barista.v1 import controller_pb2 as pb
 from experts.pool_view import PoolView, PoolWatch
+from experts.remote import PoolConfig, RemotePool
 from tests.distributed.static_pool import FakeController
-from tests.distributed.workers import TRUST
+from tests.distributed.workers import TRUST, tiny_expert_model
 
 
 @pytest.fixture
@@ -69,3 +72,18 @@ def test_a_view_that_cannot_be_used_does_not_end_the_watch(
         watch.close()
         watch._thread.join(10)
         assert not watch._thread.is_alive()
+
+
+def test_a_start_that_stands_still_says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experts.remote.STANDSTILL_SECONDS", 1.0)
+    config = PoolConfig(controller="127.0.0.1:1", trust=TRUST, transport="auto", numerics_id="", max_rows=8)
+    remote = RemotePool(tiny_expert_model(tmp_path), dict.fromkeys(range(4), 1), config)
+    remote.start()
+    try:
+        with pytest.raises(ConfigError, match=r"controller at 127.0.0.1:1 does not answer: \S+") as caught:
+            remote.wait_covered(lambda fraction, message: None)
+        assert "127.0.0.1:1" in caught.value.remedy
+    finally:
+        remote.close()
+        remote._watch._thread.join(10)
+        remote._acknowledger.join(10)
