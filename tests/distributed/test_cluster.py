@@ -132,7 +132,9 @@ def watching(ready: dict[str, Any]) -> Iterator[Any]:
     def until(condition: Callable[[pb.PoolState], bool]) -> pb.PoolState:
         """The first state of the pool that satisfies it."""
         with trust.channel(ready["controller"]) as channel:
-            watch = ControllerStub(channel).Watch(iter(()), metadata=trust.metadata, timeout=START_SECONDS)
+            watch = ControllerStub(channel).Watch(
+                iter(()), metadata=trust.metadata, timeout=START_SECONDS, wait_for_ready=True
+            )
             for state in watch:
                 if condition(state):
                     watch.cancel()
@@ -178,7 +180,7 @@ def _command(pid: int) -> str:
         return ""
 
 
-def test_a_killed_worker_comes_back_and_the_end_of_the_server_is_the_end_of_all(
+def test_a_killed_worker_and_controller_come_back_and_the_end_of_the_server_is_the_end_of_all(
     model: ExpertModel, environment: dict[str, str], tmp_path: Path
 ) -> None:
     with keeper_of(pool_config(model), environment) as keeper:
@@ -198,6 +200,10 @@ def test_a_killed_worker_comes_back_and_the_end_of_the_server_is_the_end_of_all(
             assert after.workers[0].held_bytes > 0
             assert after.workers[0].capacity_bytes == victim.capacity_bytes == 1 << 20
             assert after.epoch > before.epoch
+            controller = next(pid for pid in family if _command(pid).startswith("ray::ControllerActor"))
+            os.kill(controller, signal.SIGKILL)
+            again = until(lambda state: all_ready(state) and state.term > after.term)  # at the same address
+            assert [worker.pid for worker in again.workers] == [worker.pid for worker in after.workers]
         family |= keeper.family()
         keeper.hang_up()
         assert keeper.process.wait(END_SECONDS) == 0
