@@ -47,8 +47,9 @@ class RunningWorker:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """SIGSTOP for the length of the `with`."""
+        """SIGSTOP for the length of the `with`, once it has really stopped."""
         self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
         try:
             yield
         finally:
