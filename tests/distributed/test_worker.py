@@ -61,14 +61,6 @@ def victim(model) -> Iterator[RunningWorker]:
         yield worker
 
 
-@contextmanager
-def stopped(worker: RunningWorker) -> Iterator[None]:
-    """SIGSTOP for the length of the `with`, in which it has stopped: a signal takes a moment to reach every thread."""
-    with worker.stopped():
-        os.waitid(os.P_PID, worker.pid, os.WSTOPPED | os.WNOWAIT)
-        yield
-
-
 def client(worker: RunningWorker) -> WorkerClient:
     return WorkerClient(worker.address, TRUST)
 
@@ -188,7 +180,7 @@ def test_a_worker_takes_the_name_of_a_window_away_by_itself(workers, model):
 @pytest.mark.parametrize("transport", ["grpc", "shm"])
 def test_a_closed_link_leaves_no_thread_though_its_worker_is_stopped(workers, model, transport):
     link = attach(workers[1].address, hello(model), TRUST, transport)
-    with stopped(workers[1]):
+    with workers[1].stopped():
         link.close()
         assert not [thread for thread in threading.enumerate() if thread.name == f"exchange {workers[1].address}"]
 
@@ -299,7 +291,7 @@ def test_fences_capacity_and_lost_experts_are_refused_by_code(model):
 
 def test_a_worker_that_stops_while_it_loads_is_not_waited_for_without_end(workers, monkeypatch):
     monkeypatch.setattr("experts.attach.STALL_SECONDS", 0.2)
-    with stopped(workers[1]), pytest.raises(CallFailed, match=r"no expert was loaded within 0\.2 s") as caught:
+    with workers[1].stopped(), pytest.raises(CallFailed, match=r"no expert was loaded within 0\.2 s") as caught:
         assign(workers[1], ALL)
     assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
@@ -334,7 +326,7 @@ def test_draining_is_said_to_whoever_asks_for_health_and_rows_are_computed_all_t
 
 def test_a_killed_worker_takes_its_links_down_while_we_wait(victim, model):
     links = [attach(victim.address, hello(model), TRUST, transport) for transport in ("grpc", "shm")]
-    with stopped(victim):
+    with victim.stopped():
         for link in links:
             link.send(request(0, 0, torch.ones(1, 32), [[0, 1]]))
         killer = threading.Timer(0.1, victim.process.kill)
@@ -354,7 +346,7 @@ def test_a_killed_worker_takes_its_links_down_while_we_wait(victim, model):
 def test_a_stopped_worker_is_late_and_its_answer_has_its_own_tag(workers, model, transport):
     link = attach(workers[1].address, hello(model), TRUST, transport)
     try:
-        with stopped(workers[1]):
+        with workers[1].stopped():
             link.send(request(41, 0, torch.ones(1, 32), [[0, 1]]))
             assert link.receive(time.monotonic() + 0.1) is None
             assert link.outstanding == 1
