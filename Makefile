@@ -63,6 +63,7 @@ bench: setup $(VENV)/.dev
 # Five minutes with the experts in the engine and ten on workers that are killed, stopped and moved; or what ARGS says.
 soak: setup $(VENV)/.dev
 ifeq ($(ARGS),)
+	@$(BIN)/python -m pytest -m long
 	@$(BIN)/python -m benchmarks.soak
 	@$(BIN)/python -m benchmarks.soak --workers 2 --faults 50 --minutes 10
 else

@@ -358,6 +358,7 @@ def test_replicas_move_under_load_and_nobody_is_asked_in_vain(pool: HurtPool, re
     survives(reference, WITH_REPLICA, scenario)
 
 
+@pytest.mark.long
 def test_nothing_is_lost_and_nothing_is_left_over_after_faults_of_every_kind(
     pool: HurtPool, reference: Reference
 ) -> None:

@@ -64,12 +64,12 @@ class FakeTemplate:
 
 
 def random_tokens(submit: Submit) -> list[int]:
-    """What a model would do: tokens that depend on the prompt and the seed alone, EOS among them, without an end."""
+    """What a model would do: tokens that depend on the prompt and the seed alone; EOS, and more for who ignores it."""
     tokens: list[int] = []
     for index in range(12):
         key = f"{submit.prompt_token_ids}{submit.sampling.seed}{index}".encode()
         tokens.append(1 + int.from_bytes(hashlib.sha256(key).digest()[:4], "little") % (VOCAB_SIZE - 1))
-    return [*tokens, EOS] * (1 + submit.sampling.max_tokens // 13)
+    return [*tokens, EOS] * (1 + submit.sampling.max_tokens // 13 if submit.sampling.ignore_eos else 1)
 
 
 @dataclass
@@ -187,7 +187,7 @@ def tokens_of(text: str) -> list[int]:
         piece = next((piece for piece in PIECES if text.startswith(piece)), None)
         known = [FIRST_PIECE + PIECES.index(piece)] if piece else [FIRST_BYTE + byte for byte in text[0].encode()]
         tokens, text = tokens + known, text[len(piece or text[0]) :]
-    return [*tokens, EOS] * (1 + submit.sampling.max_tokens // 13)
+    return [*tokens, EOS] * (1 + submit.sampling.max_tokens // 13 if submit.sampling.ignore_eos else 1)
 
 
 def events_of(body: str) -> list[Any]:
