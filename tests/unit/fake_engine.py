@@ -187,7 +187,7 @@ def tokens_of(text: str) -> list[int]:
         piece = next((piece for piece in PIECES if text.startswith(piece)), None)
         known = [FIRST_PIECE + PIECES.index(piece)] if piece else [FIRST_BYTE + byte for byte in text[0].encode()]
         tokens, text = tokens + known, text[len(piece or text[0]) :]
-    return [*tokens, EOS] * (1 + submit.sampling.max_tokens // 13 if submit.sampling.ignore_eos else 1)
+    return [*tokens, EOS]
 
 
 def events_of(body: str) -> list[Any]:
