@@ -213,6 +213,7 @@ def test_a_killed_worker_and_controller_come_back_and_the_end_of_the_server_is_t
     assert not (tmp_path / "home").exists()
 
 
+@pytest.mark.long
 def test_a_killed_keeper_leaves_no_process(model: ExpertModel, environment: dict[str, str]) -> None:
     with keeper_of(pool_config(model, workers=1), environment) as keeper:
         assert keeper.answer()["event"] == "ready"

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +262,7 @@ def test_a_killed_server_leaves_no_process_and_no_shared_memory(server: Server) 
     assert not [path for path in segments if path.exists()]
 
 
+@pytest.mark.long
 def test_without_replicas_survivors_load_what_was_lost_and_sigterm_ends_it_all(
     environment: dict[str, str], model: Path, reference: Reference
 ) -> None:
@@ -284,31 +284,28 @@ def silent_port() -> Iterator[str]:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
 
-@pytest.fixture(scope="module")
-def refusals(environment: dict[str, str], model: Path, silent_port: str) -> dict[str, str]:
-    """What servers say that cannot start; most of their time is waiting, so they do it together."""
-
-    def refused(*arguments: object, **variables: str) -> str:
-        done = subprocess.run(
-            barista("serve", model, "--workers", 1, *arguments, "--port", 0),
-            capture_output=True, text=True, timeout=START_SECONDS, env=environment | variables, check=False,
-        )  # fmt: skip
-        assert (done.returncode, done.stdout) == (1, "")
-        assert "Traceback" not in done.stderr
-        return done.stderr
-
-    with ThreadPoolExecutor() as executor:
-        silent = executor.submit(refused, RAY_ADDRESS=silent_port)
-        small = executor.submit(refused, "--worker-memory", 9 * EXPERT_BYTES)
-        return {"silent": silent.result(), "small": small.result()}
+def refused(environment: dict[str, str], model: Path, *arguments: object, **variables: str) -> str:
+    """What a server says that cannot start."""
+    done = subprocess.run(
+        barista("serve", model, "--workers", 1, *arguments, "--port", 0),
+        capture_output=True, text=True, timeout=START_SECONDS, env=environment | variables, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
+    return done.stderr
 
 
-def test_a_ray_address_that_does_not_answer_is_refused(refusals: dict[str, str], silent_port: str) -> None:
-    assert f"RAY_ADDRESS={silent_port}" in refusals["silent"]
-    assert "ray start --head" in refusals["silent"]
+@pytest.mark.long
+def test_a_ray_address_that_does_not_answer_is_refused(
+    environment: dict[str, str], model: Path, silent_port: str
+) -> None:
+    said = refused(environment, model, RAY_ADDRESS=silent_port)
+    assert f"RAY_ADDRESS={silent_port}" in said
+    assert "ray start --head" in said
 
 
-def test_too_little_memory_is_refused_with_the_bytes_that_are_missing(refusals: dict[str, str]) -> None:
+def test_too_little_memory_is_refused_with_the_bytes_that_are_missing(environment: dict[str, str], model: Path) -> None:
     missing = (LAYERS * EXPERTS - 9) * EXPERT_BYTES
-    assert f"{missing} bytes of memory for experts" in refusals["small"]
-    assert "--worker-memory" in refusals["small"]
+    said = refused(environment, model, "--worker-memory", 9 * EXPERT_BYTES)
+    assert f"{missing} bytes of memory for experts" in said
+    assert "--worker-memory" in said
