@@ -100,7 +100,7 @@ def test_a_worker_with_replicas_is_killed(pool: HurtPool, reference: Reference, 
     survives(reference, WITH_REPLICA, scenario)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ["shm", pytest.param("grpc", marks=pytest.mark.long)])
 def test_a_worker_hangs_and_is_used_again_when_it_goes_on(pool: HurtPool, reference: Reference, transport: str) -> None:
     def scenario() -> Served:
         with engine_on_pool(pool, transport) as on:
@@ -121,7 +121,7 @@ def test_a_worker_hangs_and_is_used_again_when_it_goes_on(pool: HurtPool, refere
     survives(reference, WITH_REPLICA, scenario)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ["shm", pytest.param("grpc", marks=pytest.mark.long)])
 def test_a_worker_is_twenty_times_as_slow(pool: HurtPool, reference: Reference, transport: str) -> None:
     def scenario() -> Served:
         with engine_on_pool(pool, transport) as on:

@@ -106,6 +106,7 @@ def test_another_host_is_known_by_its_shared_memory(pool: StaticPool, model: Exp
         serve(on.engine, script).assert_same_cup(Reference(model.path))
 
 
+@pytest.mark.long
 def test_a_cable_that_is_pulled_ends_the_stream_and_no_request(
     pool: StaticPool, cable: Cable, model: ExpertModel
 ) -> None:

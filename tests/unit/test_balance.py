@@ -281,6 +281,7 @@ def test_bad_arguments_are_named(names, redundancy, message):
         plan({}, Placement.empty({0: 1}), workers, {0: SIZE}, redundancy=redundancy)
 
 
+@pytest.mark.long
 def test_a_plan_for_a_large_model_takes_seconds_not_minutes():
     load, sizes = zipf(58, 256, 0.8), dict.fromkeys(range(58), SIZE)
     workers = [WorkerCapacity(f"w{w}", 58 * 20 * SIZE, f"n{w % 4}") for w in range(32)]
