@@ -76,7 +76,6 @@ class Express:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._links: list[object] = []
         self._members: list[_Member] = []
         self._array: ctypes.Array[_Member] | None = None
         self._at = 0
@@ -87,10 +86,10 @@ class Express:
     def dispatch(self, layer: Layer, routing: Routing) -> Sent | None:
         """Send every pair to an owner. None, with nothing sent, if that takes more than windows that are free."""
         links: list[object] = [member.link for member in routing.members]
-        if links != self._links:
-            self._prepare(links)
-        if self._array is None or self._send is None:
+        if self._send is None or not links:
             return None
+        if len(links) != len(self._members):
+            self._prepare(len(links))
         for entry, link in zip(self._members, links, strict=True):
             free = isinstance(link, ShmLink) and not link.outstanding
             entry.end, entry.number = (link.end, link.number) if free else (None, 0)  # type: ignore[attr-defined]
@@ -121,7 +120,7 @@ class Express:
         )
         if status != _DONE:
             return None
-        return Sent(routing, owner, self._shares(routing, started), started)
+        return Sent(routing, owner, self._shares(routing, links, started), started)
 
     def combine(self, layer: Layer, sent: Sent) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The layer's rows and failed, all False. None if anything is late, lost, refused or not finite: what has been
@@ -156,25 +155,23 @@ class Express:
             share.compute_seconds = entry.compute_nanoseconds * 1e-9
         return rows, failed
 
-    def _shares(self, routing: Routing, started: float) -> list[Share]:
+    def _shares(self, routing: Routing, links: list[object], started: float) -> list[Share]:
         shares = []
-        for member, entry in zip(routing.members, self._members, strict=True):
+        for member, link, entry in zip(routing.members, links, self._members, strict=True):
             num_pairs = entry.num_pairs
             if num_pairs:
                 work = work_of(entry.num_experts, num_pairs)
-                link = self._links[member.index]  # not member's: that may have been replaced since
-                assert isinstance(link, ShmLink)
+                assert isinstance(link, ShmLink)  # and not member.link, which may have been replaced since
                 link.sent(entry.number, entry.num_rows, num_pairs)
                 entry.deadline = int((started + member.liveness.hedge_after(work)) * 1e9)
                 shares.append(Share(member, link, work, num_pairs))
         return shares
 
-    def _prepare(self, links: list[object]) -> None:
-        """Room for these members. The windows live as long as we hold the links."""
-        self._links = links
-        self._array = (_Member * len(links))() if any(isinstance(link, ShmLink) for link in links) else None
-        self._members = list(self._array) if self._array is not None else []
-        self._at = ctypes.addressof(self._array) if self._array is not None else 0
+    def _prepare(self, num_members: int) -> None:
+        """Room for so many members. Windows are named in it for a layer only, whose shares keep them alive."""
+        self._array = (_Member * num_members)()
+        self._members = list(self._array)
+        self._at = ctypes.addressof(self._array)
 
 
 def _functions() -> tuple[Callable[..., int] | None, Callable[..., int] | None]:
