@@ -8,10 +8,10 @@ import torch
 
 from experts.checkpoint import Checkpoint, TensorInfo
 from experts.formats import held_dtype_of
+from experts.kernels.expert_table import ExpertWeights
 from experts.spec import FFNSpec
 from experts.weights import WeightReader
 
-ExpertWeights = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def held_as(info: TensorInfo, model_dtype: torch.dtype) -> torch.dtype:

@@ -16,13 +16,19 @@ from experts.kernels.library import load, numerics_id, set_num_threads
 from experts.kernels.ops import attention, gate, linear, moe, rms_norm, rope, silu_mul, store_kv
 from experts.kernels.routing import place_rows, route, split
 from experts.kernels.rows import combine_rows, expert_rows, find_nonfinite
+from experts.kernels.weight import Fp8Weight, TiledWeight, Weight, encode, encode_fp8, parts_of, take_rows
 
 __all__ = [
     "ExpertTable",
+    "Fp8Weight",
     "LayerTables",
+    "TiledWeight",
+    "Weight",
     "attention",
     "combine_rows",
     "compiled",
+    "encode",
+    "encode_fp8",
     "expert_rows",
     "find_nonfinite",
     "gate",
@@ -31,6 +37,7 @@ __all__ = [
     "load",
     "moe",
     "numerics_id",
+    "parts_of",
     "place_rows",
     "rms_norm",
     "rope",
@@ -39,4 +46,5 @@ __all__ = [
     "silu_mul",
     "split",
     "store_kv",
+    "take_rows",
 ]

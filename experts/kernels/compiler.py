@@ -58,7 +58,12 @@ _ZIG = (sys.executable, "-m", "ziglang", "c++")
 
 # Best first.
 VARIANTS = (
-    Variant("avx512bf16", _AVX512_CPU | {"avx512_bf16"}, (*_AVX512, "-mavx512bf16"), "x86_64_v4+avx512bf16"),
+    Variant(
+        "avx512bf16",
+        _AVX512_CPU | {"avx512_bf16", "avx512_vnni"},
+        (*_AVX512, "-mavx512bf16", "-mavx512vnni"),
+        "x86_64_v4+avx512bf16+avx512vnni",
+    ),
     Variant("avx512", _AVX512_CPU, _AVX512, "x86_64_v4"),
     Variant("avx2", _AVX2_CPU, _AVX2, "x86_64_v3"),
     Variant("portable", frozenset(), (), "baseline"),

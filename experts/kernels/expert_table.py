@@ -8,18 +8,25 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from experts.kernels.dtypes import ROWS_OF
+from experts.kernels.weight import Weight, address_of_weight, code_of, fits_rows
+
+
+ExpertWeights = tuple[Weight, Weight, Weight]
+
 
 class ExpertTable:
-    """Where the weights of one layer's experts are. Holds the tensors (often memory-mapped) alive; copies nothing.
+    """Where the weights of one layer's experts are. Holds them (often memory-mapped) alive; copies nothing.
 
-    weights: expert id -> gate [intermediate, hidden], up [intermediate, hidden], down [hidden, intermediate], each
-    contiguous, all of one dtype and shape. num_experts: experts in the layer; those not in `weights` are not held here.
-    dtype, hidden_size, intermediate_size: those of the weights unless given; needed where no expert is held.
+    weights: expert id -> gate [intermediate, hidden], up [intermediate, hidden], down [hidden, intermediate], all of one
+    format and shape, plain ones contiguous. num_experts: experts in the layer; those not in `weights` are not held here.
+    dtype: of the rows; that which plain weights are multiplied with unless given. hidden_size, intermediate_size: those
+    of the weights unless given; needed where no expert is held.
     """
 
     def __init__(
         self,
-        weights: Mapping[int, tuple[Tensor, Tensor, Tensor]],
+        weights: Mapping[int, ExpertWeights],
         num_experts: int,
         *,
         dtype: torch.dtype | None = None,
@@ -28,13 +35,16 @@ class ExpertTable:
     ) -> None:
         self._weights = dict(weights)
         self.num_experts = num_experts
+        first = next(iter(self._weights.values()), (None,))[0]
+        if first is not None:
+            intermediate_size, hidden_size = intermediate_size or first.shape[0], hidden_size or first.shape[1]
+            if dtype is None and isinstance(first, Tensor):
+                dtype = ROWS_OF[first.dtype]
         if dtype is None or hidden_size is None or intermediate_size is None:
-            if not self._weights:
-                raise ValueError("a table without experts needs dtype, hidden_size and intermediate_size")
-            first = next(iter(self._weights.values()))[0]
-            dtype, (intermediate_size, hidden_size) = first.dtype, first.shape
+            raise ValueError("a table needs dtype, hidden_size and intermediate_size unless its weights tell them")
         self.dtype: torch.dtype = dtype
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.code = 0 if first is None else code_of(first)
         self._pointers = self._checked_pointers()
         self.gate, self.up, self.down = (ctypes.addressof(array) for array in self._pointers)
 
@@ -42,19 +52,21 @@ class ExpertTable:
         """For gate, up and down one pointer per expert of the layer, NULL where it is not held."""
         wide, tall = (self.intermediate_size, self.hidden_size), (self.hidden_size, self.intermediate_size)
         pointers = [(ctypes.c_void_p * self.num_experts)() for _ in range(3)]
-        for expert, tensors in self._weights.items():
+        for expert, matrices in self._weights.items():
             if not 0 <= expert < self.num_experts:
                 raise ValueError(f"expert {expert} is not one of {self.num_experts}")
-            for array, tensor, shape in zip(pointers, tensors, (wide, wide, tall), strict=True):
-                if tensor.shape != shape or tensor.dtype is not self.dtype or not tensor.is_contiguous():
+            for array, weight, shape in zip(pointers, matrices, (wide, wide, tall), strict=True):
+                contiguous = not isinstance(weight, Tensor) or weight.is_contiguous()
+                fits = code_of(weight) == self.code and fits_rows(weight, self.dtype)
+                if tuple(weight.shape) != shape or not fits or not contiguous:
                     raise ValueError(
-                        f"expert {expert}: {tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}; "
-                        f"wanted contiguous {self.dtype} {shape}"
+                        f"expert {expert}: {_kind(weight)} {tuple(weight.shape)}; wanted {shape}, contiguous, all of one "
+                        f"format for rows of {self.dtype}"
                     )
-                array[expert] = tensor.data_ptr()
+                array[expert] = address_of_weight(weight)
         return pointers
 
-    def __getitem__(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __getitem__(self, expert: int) -> ExpertWeights:
         """The gate, up and down weights of an expert. Raises KeyError if it is not held."""
         return self._weights[expert]
 
@@ -69,3 +81,7 @@ class ExpertTable:
     def not_held_error(self, topk_ids: Tensor) -> KeyError:
         """What a kernel raises that was asked for an expert that is not held."""
         return KeyError(f"experts {self.not_held(topk_ids)} are not held, or not among the {self.num_experts}")
+
+
+def _kind(weight: Weight) -> str:
+    return f"{weight.dtype}, strides {weight.stride()}," if isinstance(weight, Tensor) else weight.format.name

@@ -29,8 +29,8 @@ class _Table(ctypes.Structure):
         ("num_experts", _L),
         ("hidden", _L),
         ("intermediate", _L),
+        ("weights", _I),
         ("dtype", _I),
-        ("reserved", _I),
     )
 
 
@@ -54,6 +54,7 @@ class LayerTables:
             num_experts=table.num_experts,
             hidden=table.hidden_size,
             intermediate=table.intermediate_size,
+            weights=table.code,
             dtype=DTYPES[table.dtype],
         )
         self._functions.bk_layer_tables_set(self.address, layer, ctypes.addressof(entry))

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from experts.kernels import reference
-from experts.kernels.dtypes import DTYPES, ROWS_OF
+from experts.kernels.dtypes import DTYPES
 from experts.kernels.expert_table import ExpertTable
 from experts.kernels.library import current, gate_parameters
+from experts.kernels.weight import Weight, address_of_weight, code_of, fits_rows
 from experts.spec import GateSpec
 
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     *,
     out: Tensor | None = None,
@@ -23,7 +24,8 @@ def linear(
     """x weight^T + bias, summed in float32 and rounded once. The weight is read in place, at any alignment.
 
     x: [n, in]; weight: [out, in]; bias: [out]; float32 or bfloat16, all of one dtype, rows contiguous; or the weight is
-    float16 and the others float32, with the bytes that the same weight in float32 would give.
+    float16 and the others float32, with the bytes that the same weight in float32 would give; or the weight is of few
+    bits, beside rows of either dtype.
     out: [n, out] to write to. out_dtype: x's dtype unless given (float32 for logits). Returns [n, out].
     """
     functions = current()
@@ -34,23 +36,26 @@ def linear(
     dtype = x.dtype
     if out is None:
         out = torch.empty((num_rows, out_features), dtype=out_dtype or dtype)
-    assert dtype is ROWS_OF[weight.dtype]
+    assert fits_rows(weight, dtype)
     assert weight.shape[1] == in_features
-    assert x.stride(1) == weight.stride(1) == out.stride(1) == 1
+    assert x.stride(1) == out.stride(1) == 1
+    plain = isinstance(weight, Tensor)
+    assert not plain or weight.stride(1) == 1
     assert out.shape == (num_rows, out_features)
     assert bias is None or (bias.dtype is dtype and bias.is_contiguous() and bias.shape[0] == out_features)
     functions.bk_linear(
         x.data_ptr(),
         x.stride(0),
-        weight.data_ptr(),
-        weight.stride(0),
+        address_of_weight(weight),
+        weight.stride(0) if plain else 0,
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         out.stride(0),
         num_rows,
         in_features,
         out_features,
-        DTYPES[weight.dtype],
+        code_of(weight),
+        DTYPES[dtype],
         DTYPES[out.dtype],
     )
     return out
@@ -175,7 +180,7 @@ def gate(router_logits: Tensor, spec: GateSpec, select_bias: Tensor | None = Non
 def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertTable) -> tuple[Tensor, Tensor]:
     """The routed experts of one layer: the weighted sum of each token's expert rows.
 
-    hidden_states: [n, hidden], in the experts' dtype, float32 for float16; topk_ids: [n, k] int32, -1 for none;
+    hidden_states: [n, hidden] in the table's dtype; topk_ids: [n, k] int32, -1 for none;
     topk_weights: [n, k] float32; both contiguous.
     An expert computes down(silu(gate(x)) * up(x)), rounding to the dtype after each step; its row is weighted and added
     in float32 in top-k order, and the sum is rounded once.
@@ -188,7 +193,7 @@ def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: 
     num_tokens, hidden_size = hidden_states.shape
     rows = torch.empty((num_tokens, hidden_size), dtype=hidden_states.dtype)
     failed = torch.empty(num_tokens, dtype=torch.bool)
-    assert hidden_states.dtype is ROWS_OF[experts.dtype]
+    assert hidden_states.dtype is experts.dtype
     assert hidden_states.stride(1) == 1
     assert hidden_size == experts.hidden_size
     assert topk_ids.dtype is torch.int32
@@ -211,6 +216,7 @@ def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: 
         experts.num_experts,
         hidden_size,
         experts.intermediate_size,
+        experts.code,
         DTYPES[experts.dtype],
     )
     if status != 0:

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from experts.kernels.expert_table import ExpertTable
+from experts.kernels.weight import Weight
 from experts.spec import GateSpec
 
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     *,
     out: Tensor | None = None,

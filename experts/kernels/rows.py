@@ -13,7 +13,7 @@ from torch import Tensor
 
 from experts.kernels import reference_rows
 from experts.kernels.addresses import address_of
-from experts.kernels.dtypes import DTYPES, ROWS_OF
+from experts.kernels.dtypes import DTYPES
 from experts.kernels.expert_table import ExpertTable
 from experts.kernels.library import current
 
@@ -35,7 +35,7 @@ def expert_rows(
 ) -> Tensor | int:
     """The row down(silu(gate(x)) * up(x)) of every pair (token, chosen expert), rounded as in `moe`, not weighted.
 
-    hidden_states: [n, hidden], in the experts' dtype, float32 for float16; it may lie in shared memory.
+    hidden_states: [n, hidden] in the table's dtype; it may lie in shared memory.
     topk_ids: [n, k] int32, contiguous, -1 for none.
     out: where the rows go: a contiguous tensor [n * k, hidden] of hidden_states' dtype, or the address of as much room
     as they need.
@@ -58,7 +58,7 @@ def _write_expert_rows(hidden_states: Tensor, topk_ids: Tensor, experts: ExpertT
     if functions is None:
         return reference_rows.write_expert_rows(hidden_states, topk_ids, experts, address)
     num_tokens, hidden_size = hidden_states.shape
-    assert hidden_states.dtype is ROWS_OF[experts.dtype]
+    assert hidden_states.dtype is experts.dtype
     assert hidden_states.stride(1) == 1
     assert hidden_size == experts.hidden_size
     assert topk_ids.dtype is torch.int32
@@ -77,6 +77,7 @@ def _write_expert_rows(hidden_states: Tensor, topk_ids: Tensor, experts: ExpertT
         experts.num_experts,
         hidden_size,
         experts.intermediate_size,
+        experts.code,
         DTYPES[experts.dtype],
     )
     if num_pairs < 0:

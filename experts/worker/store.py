@@ -210,8 +210,7 @@ class ExpertStore:
         layers = {layer: held for layer, held in self._layers.items() if layer != index}
         spec = self.model.layers[index]
         sizes = {"hidden_size": spec.hidden_size, "intermediate_size": spec.intermediate_size}
-        dtype = next(iter(weights.values()))[0].dtype if weights else self.dtype
-        table = kernels.ExpertTable(weights, spec.num_experts, dtype=dtype, **sizes)
+        table = kernels.ExpertTable(weights, spec.num_experts, dtype=self.dtype, **sizes)
         if weights:
             layers[index] = _Layer(weights, {expert: digests[expert] for expert in weights}, table)
         self._layers = layers

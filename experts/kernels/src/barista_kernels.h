@@ -11,16 +11,44 @@
 extern "C" {
 #endif
 
-// BK_FLOAT16_WEIGHTS: weights are float16 and all else is float32; bk_linear, bk_moe and bk_expert_rows take it.
-enum bk_dtype { BK_FLOAT32 = 0, BK_BFLOAT16 = 1, BK_FLOAT16_WEIGHTS = 2 };
+// Of rows.
+enum bk_dtype { BK_FLOAT32 = 0, BK_BFLOAT16 = 1 };
+
+// How a weight [out, in] is stored. The first three are plain matrices: float32 and float16 beside float32 rows,
+// bfloat16 beside bfloat16 rows. FP8: a pointer to a bk_fp8. The others are tiles (tiles.h) and stand beside rows of
+// any dtype.
+enum bk_weights {
+    BK_WEIGHTS_FLOAT32 = 0,
+    BK_WEIGHTS_BFLOAT16 = 1,
+    BK_WEIGHTS_FLOAT16 = 2,
+    BK_WEIGHTS_FP8 = 3,
+    BK_WEIGHTS_INT8 = 4,
+    BK_WEIGHTS_INT4 = 5,
+    BK_WEIGHTS_MXFP4 = 6,
+    BK_WEIGHTS_Q8_0 = 7,
+    BK_WEIGHTS_Q4_0 = 8
+};
+
+// values: e4m3 [out, in]; scales: [ceil(out / 128), ceil(in / 128)], by which the values are multiplied.
+struct bk_fp8 {
+    const uint8_t* values;
+    const float* scales;
+};
 
 // Threads to use, the caller's included; 0 or less: as many as this process may run on.
 void bk_set_threads(int32_t threads);
 int32_t bk_num_threads(void);
 
 // y [n, out] = x [n, in] weight [out, in]^T + bias [out] (or NULL). Summed in float32, rounded once to out_dtype.
+// weights: enum bk_weights; weight_stride: of plain matrices.
 void bk_linear(const void* x, int64_t x_stride, const void* weight, int64_t weight_stride, const void* bias, void* y,
-               int64_t y_stride, int64_t n, int64_t in, int64_t out, int32_t dtype, int32_t out_dtype);
+               int64_t y_stride, int64_t n, int64_t in, int64_t out, int32_t weights, int32_t dtype, int32_t out_dtype);
+
+// Tiles from a matrix [out, in] of dtype, in a multiple of 64; finite values only. INT8, INT4 and MXFP4; -1 for others.
+int32_t bk_encode(int32_t weights, const void* from, int32_t dtype, int64_t out, int64_t in, void* to);
+
+// Rows of a matrix in tiles: to [n, in]. -1 if it is no kind of tiles.
+int32_t bk_decode(int32_t weights, const void* from, int64_t in, const int64_t* rows, int64_t n, float* to);
 
 // y [n, width] = weight [width] * round(x / rms(x)), as transformers' LlamaRMSNorm. With a residual (or NULL):
 // first residual += x, rounded, and that is normalised.
@@ -61,13 +89,14 @@ void bk_gate(const float* logits, const float* select_bias, const struct bk_gate
 // of range or names an expert that is not held; else 0.
 int32_t bk_moe(const void* x, int64_t x_stride, const int32_t* topk_ids, const float* topk_weights,
                const void* const* gate, const void* const* up, const void* const* down, void* y, uint8_t* failed,
-               int64_t n, int64_t topk, int64_t num_experts, int64_t hidden, int64_t intermediate, int32_t dtype);
+               int64_t n, int64_t topk, int64_t num_experts, int64_t hidden, int64_t intermediate, int32_t weights,
+               int32_t dtype);
 
 // The first half of bk_moe: the expert rows themselves, rounded to dtype and not weighted, one behind the other in
 // order of (token, place in the top-k). rows: [n * topk or fewer, hidden]. Returns their number, or -1 as bk_moe.
 int64_t bk_expert_rows(const void* x, int64_t x_stride, const int32_t* topk_ids, const void* const* gate,
                        const void* const* up, const void* const* down, void* rows, int64_t n, int64_t topk,
-                       int64_t num_experts, int64_t hidden, int64_t intermediate, int32_t dtype);
+                       int64_t num_experts, int64_t hidden, int64_t intermediate, int32_t weights, int32_t dtype);
 
 // The second half of bk_moe. addresses [n, topk]: where each expert row [hidden] is, 0 is skipped.
 void bk_combine_rows(const int64_t* addresses, const float* topk_weights, void* y, uint8_t* failed, int64_t n,

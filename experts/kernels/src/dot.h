@@ -12,8 +12,8 @@ namespace bk {
 
 constexpr int kQuad = 4;  // weight rows that share the loads of a panel of rows
 
-// How weights of type T are multiplied. Activation: the type of the rows beside them and of all results. Packed: the
-// form of an activation row, padded with zeros to whole steps of kStep elements.
+// How weights of kind T are multiplied. Activation: the type of the rows beside them and of all results. Packed: the
+// form of an activation row, padded with zeros to whole steps of kStep elements, each kPackedStep values of Packed.
 template <class T>
 struct Dot;
 
@@ -116,6 +116,19 @@ BK_INLINE void with_panel_rows(int64_t num_rows, Body&& body) {
     body(std::integral_constant<int, Rows>{});
 }
 
+// A weight [out, in] of kind T, row by row; stride: elements from one row to the next.
+template <class T>
+struct Matrix {
+    const T* data;
+    int64_t out, in, stride;
+
+    static constexpr int64_t kQuantum = kQuad;  // tasks begin at multiples of so many weight rows
+    static Matrix at(const void* data, int64_t out, int64_t in, int64_t stride) {
+        return {static_cast<const T*>(data), out, in, stride};
+    }
+    static constexpr int64_t row_bytes(int64_t in) { return in * static_cast<int64_t>(sizeof(T)); }
+};
+
 // out[r * out_stride + j] = x[r] . w[j] for num_rows packed rows, few enough to stay in cache, and num_w weight rows.
 // num_w is rounded up to a multiple of kQuad: w and out must reach that far (pad w by repeating a pointer).
 template <class T>
@@ -132,12 +145,12 @@ BK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 BK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Weight rows per task: it stays in cache while rows stream past, and there are tasks enough for all threads.
-inline int64_t tile_size(int64_t num_w, int64_t row_bytes, int64_t wanted_tasks) {
+inline int64_t tile_size(int64_t num_w, int64_t row_bytes, int64_t wanted_tasks, int64_t quantum) {
     int64_t tile = kTileBytes / row_bytes;
-    if (tile > kTile) tile = kTile;
     if (tile * wanted_tasks > num_w) tile = num_w / wanted_tasks;
-    tile = round_up(tile, kQuad);
-    return tile < kQuad ? kQuad : tile;
+    tile = round_up(tile, quantum);
+    if (tile > kTile) tile = kTile;
+    return tile < quantum ? quantum : tile;
 }
 
 // Pointers to weight rows [begin, end) of a matrix, padded to whole quads. `to` holds kTile pointers.
@@ -151,11 +164,21 @@ int64_t tile_pointers(const T** to, const T* weight, int64_t stride, int64_t beg
     return end - begin;
 }
 
-// Cuts [0, num_rows) into the fewest panels of at most kPanelRows rows, as even as can be, and calls
+// out[r * out_stride + j - first] = x[r] . weight[j] for num_rows <= kRowsPerTask packed rows and weight rows
+// [first, last), at most kTile of them. first is a multiple of the matrix's kQuantum, and so far `out` must reach.
+template <class T>
+void multiply(const typename Dot<T>::Packed* const* x, int64_t num_rows, const Matrix<T>& weight, int64_t first,
+              int64_t last, float* out, int64_t out_stride) {
+    const T* rows[kTile];
+    tile_pointers(rows, weight.data, weight.stride, first, last);
+    dot_rows<T>(x, num_rows, rows, last - first, weight.in, out, out_stride);
+}
+
+// Cuts [0, num_rows) into the fewest panels of at most Most rows, as even as can be, and calls
 // body(first row, rows) for each.
-template <class Body>
+template <int Most = kPanelRows, class Body>
 BK_INLINE void for_each_panel(int64_t num_rows, Body&& body) {
-    const int64_t panels = ceil_div(num_rows, kPanelRows);
+    const int64_t panels = ceil_div(num_rows, Most);
     for (int64_t i = 0; i < panels; ++i) {
         const int64_t begin = num_rows * i / panels, end = num_rows * (i + 1) / panels;
         body(begin, end - begin);

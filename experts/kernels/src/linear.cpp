@@ -8,19 +8,24 @@
 namespace bk {
 namespace {
 
-template <class T, class Out>
-void store_tile_row(Out* to, const float* sums, const T* bias, int64_t count) {
+// to: of out_dtype, from element `at` on.
+template <class A>
+void store_tile_row(void* to, int64_t at, int32_t out_dtype, const float* sums, const A* bias, int64_t count) {
     for (int64_t i = 0; i < count; i += kLanes) {
         f32v v = load(sums + i);
         if (bias) v = v + load(bias + i, count - i);
-        store(to + i, v, count - i);
+        if (out_dtype == BK_FLOAT32)
+            store(static_cast<float*>(to) + at + i, v, count - i);
+        else
+            store(static_cast<bf16*>(to) + at + i, v, count - i);
     }
 }
 
-template <class T, class Out>
-void linear(const typename Dot<T>::Activation* x, int64_t x_stride, const T* weight, int64_t weight_stride,
-            const typename Dot<T>::Activation* bias, Out* y, int64_t y_stride, int64_t n, int64_t in, int64_t out) {
+template <class T>
+void linear(const typename Dot<T>::Activation* x, int64_t x_stride, const Matrix<T>& weight,
+            const typename Dot<T>::Activation* bias, void* y, int64_t y_stride, int64_t n, int32_t out_dtype) {
     using Packed = typename Dot<T>::Packed;
+    const int64_t in = weight.in, out = weight.out;
     thread_local Buffer packed_rows;
     const int64_t stride = packed_stride<T>(in);
     Packed* packed = packed_rows.get<Packed>(n * stride);
@@ -31,7 +36,7 @@ void linear(const typename Dot<T>::Activation* x, int64_t x_stride, const T* wei
     });
 
     const int64_t wanted_tasks = 4 * num_threads();
-    const int64_t tile = tile_size(out, in * static_cast<int64_t>(sizeof(T)), wanted_tasks);
+    const int64_t tile = tile_size(out, weight.row_bytes(in), wanted_tasks, weight.kQuantum);
     const int64_t tiles = ceil_div(out, tile);
     int64_t row_blocks = ceil_div(wanted_tasks, tiles);
     if (row_blocks > ceil_div(n, 4 * kPanelRows)) row_blocks = ceil_div(n, 4 * kPanelRows);
@@ -40,16 +45,16 @@ void linear(const typename Dot<T>::Activation* x, int64_t x_stride, const T* wei
         const int64_t first = task / row_blocks * tile, last = first + tile < out ? first + tile : out;
         const int64_t block = task % row_blocks;
         const int64_t row_begin = n * block / row_blocks, row_end = n * (block + 1) / row_blocks;
-        const T* w[kTile];
         alignas(64) float sums[kRowsPerTask * kTile];
-        const int64_t count = tile_pointers(w, weight, weight_stride, first, last);
+        const int64_t count = last - first;
         for (int64_t at = row_begin; at < row_end; at += kRowsPerTask) {
             const int64_t rows = row_end - at < kRowsPerTask ? row_end - at : kRowsPerTask;
             const Packed* xs[kRowsPerTask];
             for (int64_t r = 0; r < rows; ++r) xs[r] = packed + (at + r) * stride;
-            dot_rows<T>(xs, rows, w, count, in, sums, kTile);
+            multiply(xs, rows, weight, first, last, sums, kTile);
             for (int64_t r = 0; r < rows; ++r)
-                store_tile_row(y + (at + r) * y_stride + first, sums + r * kTile, bias ? bias + first : nullptr, count);
+                store_tile_row(y, (at + r) * y_stride + first, out_dtype, sums + r * kTile,
+                               bias ? bias + first : nullptr, count);
         }
     });
 }
@@ -58,15 +63,13 @@ void linear(const typename Dot<T>::Activation* x, int64_t x_stride, const T* wei
 }  // namespace bk
 
 extern "C" void bk_linear(const void* x, int64_t x_stride, const void* weight, int64_t weight_stride, const void* bias,
-                          void* y, int64_t y_stride, int64_t n, int64_t in, int64_t out, int32_t dtype,
+                          void* y, int64_t y_stride, int64_t n, int64_t in, int64_t out, int32_t weights, int32_t dtype,
                           int32_t out_dtype) {
-    bk::dispatch_weights(dtype, [&](auto t) {
-        bk::dispatch(out_dtype, [&](auto o) {
-            using T = decltype(t);
-            using A = typename bk::Dot<T>::Activation;
-            bk::linear(static_cast<const A*>(x), x_stride, static_cast<const T*>(weight), weight_stride,
-                       static_cast<const A*>(bias), static_cast<decltype(o)*>(y), y_stride, n, in, out);
-        });
+    bk::dispatch_weights(weights, dtype, [&](auto t) {
+        using T = decltype(t);
+        using A = typename bk::Dot<T>::Activation;
+        bk::linear(static_cast<const A*>(x), x_stride, bk::Matrix<T>::at(weight, out, in, weight_stride),
+                   static_cast<const A*>(bias), y, y_stride, n, out_dtype);
     });
 }
 

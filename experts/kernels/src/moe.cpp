@@ -55,11 +55,10 @@ Pairs group_by_expert(const int32_t* topk_ids, int64_t num_pairs, int64_t num_ex
 }
 
 // The layer's weights, as the C interface has them.
-template <class T>
 struct Weights {
-    const T* const* gate;
-    const T* const* up;
-    const T* const* down;
+    const void* const* gate;
+    const void* const* up;
+    const void* const* down;
     int64_t num_experts, hidden, intermediate;
 };
 
@@ -68,7 +67,7 @@ struct Layer {
     using Packed = typename Dot<T>::Packed;
     using A = typename Dot<T>::Activation;
 
-    Weights<T> w;
+    Weights w;
     int64_t topk;
     Packed* inputs;         // [num_tokens] packed rows of `hidden`
     Packed* activations;    // [pairs.count] packed rows of `intermediate`
@@ -78,16 +77,16 @@ struct Layer {
 
     // silu(gate) * up for intermediate values [first, last) of one group, rounded as the separate operations would be.
     void gate_up(const Group& group, int64_t first, int64_t last) const {
-        const T *gate_rows[kTile], *up_rows[kTile];
         alignas(64) float gate_sums[kRowsPerTask * kTile], up_sums[kRowsPerTask * kTile];
-        const int64_t count = tile_pointers(gate_rows, w.gate[group.expert], w.hidden, first, last);
-        tile_pointers(up_rows, w.up[group.expert], w.hidden, first, last);
+        const int64_t count = last - first;
+        const auto gate = Matrix<T>::at(w.gate[group.expert], w.intermediate, w.hidden, w.hidden);
+        const auto up = Matrix<T>::at(w.up[group.expert], w.intermediate, w.hidden, w.hidden);
         const int64_t in_stride = packed_stride<T>(w.hidden), out_stride = packed_stride<T>(w.intermediate);
         const int64_t num_rows = group.end - group.begin;
         const Packed* x[kRowsPerTask];
         for (int64_t r = 0; r < num_rows; ++r) x[r] = inputs + pairs.order[group.begin + r] / topk * in_stride;
-        dot_rows<T>(x, num_rows, gate_rows, count, w.hidden, gate_sums, kTile);
-        dot_rows<T>(x, num_rows, up_rows, count, w.hidden, up_sums, kTile);
+        multiply(x, num_rows, gate, first, last, gate_sums, kTile);
+        multiply(x, num_rows, up, first, last, up_sums, kTile);
         for (int64_t r = 0; r < num_rows; ++r) {
             A values[kTile];
             for (int64_t i = 0; i < count; i += kLanes) {
@@ -100,14 +99,14 @@ struct Layer {
     }
 
     void down_rows(const Group& group, int64_t first, int64_t last) const {
-        const T* down[kTile];
         alignas(64) float sums[kRowsPerTask * kTile];
-        const int64_t count = tile_pointers(down, w.down[group.expert], w.intermediate, first, last);
+        const int64_t count = last - first;
+        const auto down = Matrix<T>::at(w.down[group.expert], w.hidden, w.intermediate, w.intermediate);
         const int64_t stride = packed_stride<T>(w.intermediate);
         const int64_t num_rows = group.end - group.begin;
         const Packed* x[kRowsPerTask];
         for (int64_t r = 0; r < num_rows; ++r) x[r] = activations + (group.begin + r) * stride;
-        dot_rows<T>(x, num_rows, down, count, w.intermediate, sums, kTile);
+        multiply(x, num_rows, down, first, last, sums, kTile);
         for (int64_t r = 0; r < num_rows; ++r) {
             A* to = rows + places[group.begin + r] * w.hidden + first;
             for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(sums + r * kTile + i), count - i);
@@ -117,10 +116,9 @@ struct Layer {
 
 // body(group, first, last) for every group and tile of num_w weight rows.
 template <class Body>
-void for_each_tile(const Pairs& pairs, int64_t num_w, int64_t row_bytes, int64_t multiple, Body&& body) {
+void for_each_tile(const Pairs& pairs, int64_t num_w, int64_t row_bytes, int64_t quantum, Body&& body) {
     if (pairs.num_groups == 0) return;
-    int64_t tile = tile_size(num_w, row_bytes, ceil_div(4 * num_threads(), pairs.num_groups));
-    tile = tile >= kTile ? kTile : round_up(tile, multiple);
+    const int64_t tile = tile_size(num_w, row_bytes, ceil_div(4 * num_threads(), pairs.num_groups), quantum);
     const int64_t tiles = ceil_div(num_w, tile);
     parallel_for(pairs.num_groups * tiles, [&](int64_t task) {
         const int64_t first = task % tiles * tile;
@@ -132,7 +130,7 @@ void for_each_tile(const Pairs& pairs, int64_t num_w, int64_t row_bytes, int64_t
 // before it. Returns the number of pairs; -1, with nothing written, if an expert is not held.
 template <class T>
 int64_t expert_rows(const typename Dot<T>::Activation* x, int64_t x_stride, const int32_t* topk_ids, int64_t n,
-                    int64_t topk, const Weights<T>& w, typename Dot<T>::Activation* rows, bool compact) {
+                    int64_t topk, const Weights& w, typename Dot<T>::Activation* rows, bool compact) {
     using Packed = typename Dot<T>::Packed;
     const Pairs pairs = group_by_expert(topk_ids, n * topk, w.num_experts);
     if (pairs.num_groups < 0) return -1;
@@ -153,10 +151,12 @@ int64_t expert_rows(const typename Dot<T>::Activation* x, int64_t x_stride, cons
         for (int64_t t = task * pack_rows; t < n && t < (task + 1) * pack_rows; ++t)
             pack_row<T>(layer.inputs + t * in_stride, x + t * x_stride, w.hidden);
     });
-    constexpr int64_t kWhole = Dot<T>::kStep < kTile ? Dot<T>::kStep : kTile;  // tasks write whole packed steps
-    for_each_tile(pairs, w.intermediate, 2 * w.hidden * static_cast<int64_t>(sizeof(T)), kWhole,
+    static_assert(Dot<T>::kStep <= kTile && Matrix<T>::kQuantum <= kTile);
+    constexpr int64_t kWhole = Dot<T>::kStep > Matrix<T>::kQuantum ? Dot<T>::kStep : Matrix<T>::kQuantum;
+    // Tasks write whole packed steps.
+    for_each_tile(pairs, w.intermediate, 2 * Matrix<T>::row_bytes(w.hidden), kWhole,
                   [&](const Group& group, int64_t first, int64_t last) { layer.gate_up(group, first, last); });
-    for_each_tile(pairs, w.hidden, w.intermediate * static_cast<int64_t>(sizeof(T)), kQuad,
+    for_each_tile(pairs, w.hidden, Matrix<T>::row_bytes(w.intermediate), Matrix<T>::kQuantum,
                   [&](const Group& group, int64_t first, int64_t last) { layer.down_rows(group, first, last); });
     return pairs.count;
 }
@@ -205,32 +205,21 @@ void combine(RowOf&& row_of, const float* topk_weights, A* y, uint8_t* failed, i
     });
 }
 
-template <class T>
-Weights<T> weights_of(const void* const* gate, const void* const* up, const void* const* down, int64_t num_experts,
-                      int64_t hidden, int64_t intermediate) {
-    return {reinterpret_cast<const T* const*>(gate),
-            reinterpret_cast<const T* const*>(up),
-            reinterpret_cast<const T* const*>(down),
-            num_experts,
-            hidden,
-            intermediate};
-}
-
 }  // namespace
 }  // namespace bk
 
 extern "C" int32_t bk_moe(const void* x, int64_t x_stride, const int32_t* topk_ids, const float* topk_weights,
                           const void* const* gate, const void* const* up, const void* const* down, void* y,
                           uint8_t* failed, int64_t n, int64_t topk, int64_t num_experts, int64_t hidden,
-                          int64_t intermediate, int32_t dtype) {
+                          int64_t intermediate, int32_t weights, int32_t dtype) {
     bool held = true;
-    bk::dispatch_weights(dtype, [&](auto t) {
+    bk::dispatch_weights(weights, dtype, [&](auto t) {
         using T = decltype(t);
         using A = typename bk::Dot<T>::Activation;
         thread_local bk::Buffer buffer;
         A* rows = buffer.get<A>(n * topk * hidden);
-        const auto weights = bk::weights_of<T>(gate, up, down, num_experts, hidden, intermediate);
-        held = bk::expert_rows<T>(static_cast<const A*>(x), x_stride, topk_ids, n, topk, weights, rows, false) >= 0;
+        const bk::Weights w{gate, up, down, num_experts, hidden, intermediate};
+        held = bk::expert_rows<T>(static_cast<const A*>(x), x_stride, topk_ids, n, topk, w, rows, false) >= 0;
         if (!held) return;
         bk::combine<A>([&](int64_t pair) { return topk_ids[pair] < 0 ? nullptr : rows + pair * hidden; }, topk_weights,
                        static_cast<A*>(y), failed, n, topk, hidden);
@@ -240,14 +229,14 @@ extern "C" int32_t bk_moe(const void* x, int64_t x_stride, const int32_t* topk_i
 
 extern "C" int64_t bk_expert_rows(const void* x, int64_t x_stride, const int32_t* topk_ids, const void* const* gate,
                                   const void* const* up, const void* const* down, void* rows, int64_t n, int64_t topk,
-                                  int64_t num_experts, int64_t hidden, int64_t intermediate, int32_t dtype) {
+                                  int64_t num_experts, int64_t hidden, int64_t intermediate, int32_t weights,
+                                  int32_t dtype) {
     int64_t count = 0;
-    bk::dispatch_weights(dtype, [&](auto t) {
+    bk::dispatch_weights(weights, dtype, [&](auto t) {
         using T = decltype(t);
         using A = typename bk::Dot<T>::Activation;
-        const auto weights = bk::weights_of<T>(gate, up, down, num_experts, hidden, intermediate);
-        count = bk::expert_rows<T>(static_cast<const A*>(x), x_stride, topk_ids, n, topk, weights,
-                                   static_cast<A*>(rows), true);
+        count = bk::expert_rows<T>(static_cast<const A*>(x), x_stride, topk_ids, n, topk,
+                                   {gate, up, down, num_experts, hidden, intermediate}, static_cast<A*>(rows), true);
     });
     return count;
 }

@@ -17,8 +17,8 @@ struct bk_layer_table {
     int64_t num_experts;
     int64_t hidden;
     int64_t intermediate;
+    int32_t weights;  // enum bk_weights
     int32_t dtype;
-    int32_t reserved;
 };
 
 // The layers that a worker holds, shared by all who serve a window. A table is replaced only while nobody computes with
@@ -68,10 +68,10 @@ int32_t bk_window_serve(const bk_window_end* end, uint32_t* number, int64_t dead
             if (dispatch->layer >= layers->tables.size()) return BK_WINDOW_READY;
             const bk_layer_table& table = layers->tables[dispatch->layer];
             if (!table.gate) return BK_WINDOW_READY;
-            const int64_t rows =
-                bk_expert_rows(end->base + at.rows, table.hidden, reinterpret_cast<int32_t*>(end->base + at.ids),
-                               table.gate, table.up, table.down, end->base + at.out, dispatch->num_rows,
-                               end->shape.top_k, table.num_experts, table.hidden, table.intermediate, table.dtype);
+            const int64_t rows = bk_expert_rows(
+                end->base + at.rows, table.hidden, reinterpret_cast<int32_t*>(end->base + at.ids), table.gate, table.up,
+                table.down, end->base + at.out, dispatch->num_rows, end->shape.top_k, table.num_experts, table.hidden,
+                table.intermediate, table.weights, table.dtype);
             if (rows < 0) return BK_WINDOW_READY;
         }
         bk_window_combine combine;
