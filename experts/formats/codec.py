@@ -31,12 +31,12 @@ def encode(form: Format, weight: np.ndarray) -> np.ndarray:
     """
     form.check(weight.shape)
     rows = _padded(weight)
-    header = _matrix_scale(weight) if form is INT4 else np.float32(1)
+    header = _matrix_scale(form, weight)
     if form is INT8:
         groups = _groups(rows, TILE_INPUTS)
         largest = np.abs(groups).max(-1)
-        codes = np.stack([(largest / np.float32(127 + i / 2)).astype(np.float16) for i in range(4)])
-        code, integers = _best(groups, codes, codes.astype(np.float32), lambda v: np.rint(np.clip(v, -127, 127)))
+        codes = np.stack([(largest / header / np.float32(127 + i / 2)).astype(np.float16) for i in range(4)])
+        code, integers = _best(groups / header, codes, codes.astype(np.float32), lambda v: np.rint(np.clip(v, -127, 127)))
         return _tiles8(header, integers, code.view(np.uint8))
     groups = _groups(rows, TILE_INPUTS // 2)
     largest = np.abs(groups).max(-1)
@@ -117,10 +117,15 @@ def _groups(rows: np.ndarray, size: int) -> np.ndarray:
     return rows.reshape(len(rows), -1, size)
 
 
-def _matrix_scale(weight: np.ndarray) -> np.float32:
+def _matrix_scale(form: Format, weight: np.ndarray) -> np.float32:
+    """The power of two that brings the largest scale of the matrix below what its codes can be."""
     top = np.abs(weight).max() if weight.size else np.float32(0)
-    scaled = np.float32(top) / np.float32(8) * np.float32(1.25) / np.float32(1.875)
-    return np.ldexp(np.float32(1), np.frexp(scaled)[1]) if top else np.float32(1)
+    if form is MXFP4 or not top:
+        return np.float32(1)
+    largest_scale = np.float32(1) / np.float32(127)
+    if form is INT4:
+        largest_scale = np.float32(1) / np.float32(8) * np.float32(1.25) / np.float32(1.875)
+    return np.ldexp(np.float32(1), np.frexp(np.float32(top) * largest_scale)[1])
 
 
 def _scale8_candidates(largest: np.ndarray, matrix_scale: np.float32) -> np.ndarray:
@@ -135,14 +140,15 @@ def _best(groups: np.ndarray, codes: np.ndarray, values: np.ndarray, integer) ->
     best_error = np.full(groups.shape[:2], np.inf, np.float32)
     best_code = np.zeros(groups.shape[:2], codes.dtype)
     best_integers = np.zeros(groups.shape, np.float32)
-    for code, scale in zip(codes, values, strict=True):
+    for index, (code, scale) in enumerate(zip(codes, values, strict=True)):
         inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
         integers = integer(groups * inverse[..., None])
         error = np.zeros(groups.shape[:2], np.float32)
-        for i in range(groups.shape[2]):  # in this order, as the kernel adds
-            difference = groups[..., i] - integers[..., i] * scale
-            error = error + difference * difference
-        better = error < best_error
+        with np.errstate(over="ignore"):
+            for i in range(groups.shape[2]):  # in this order, as the kernel adds
+                difference = groups[..., i] - integers[..., i] * scale
+                error = error + difference * difference
+        better = error < best_error if index else np.ones_like(error, bool)
         best_error = np.where(better, error, best_error)
         best_code = np.where(better, code, best_code)
         best_integers = np.where(better[..., None], integers, best_integers)
