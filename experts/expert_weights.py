@@ -21,7 +21,7 @@ def held_as(info: TensorInfo, model_dtype: torch.dtype) -> torch.dtype:
 
 
 class ExpertReader:
-    """Reads experts from a checkpoint, packed or not: views of the mapped files where these hold them as memory does."""
+    """Reads experts from a checkpoint, packed or not: views of the mapped files where that is how they are held."""
 
     def __init__(self, checkpoint: Checkpoint, model_dtype: torch.dtype) -> None:
         self._checkpoint = checkpoint
