@@ -7,12 +7,12 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from barista.errors import CacheError
 
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 MOVE_CACHE = "Free some space, or set BARISTA_CACHE to a folder on another disk."
 
 
@@ -31,23 +31,28 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(final: Path, needed: int, *, resume: bool = False) -> Iterator[Path | None]:
+def new_directory(
+    final: Path, needed: int, *, resume: bool = False, usable: Callable[[Path], bool] = lambda folder: True
+) -> Iterator[Path | None]:
     """Make the folder `final` as one step: yields a folder beside it to fill, which then takes its name.
 
     Yields None where `final` is there already, also when another process made it while this one waited for the lock.
     If the body raises or the process dies, `final` does not appear. What was written is thrown away, now or by the next
     try; with `resume` the next try finds it.
-    needed: bytes that the body will write. Raises CacheError when they do not fit or the cache is not writable.
+    needed: bytes of all that the folder will hold. usable: asked whether a folder that is there will do; one that will
+    not is removed. Raises CacheError when the bytes do not fit or the cache is not writable.
     """
     with _locked(final):
-        if final.exists():
+        partial = final.with_name(f".{final.name}.partial")
+        if final.exists() and usable(final):
             yield None
             return
-        require_space(final, needed)
-        partial = final.with_name(f".{final.name}.partial")
-        if not resume:
-            shutil.rmtree(partial, ignore_errors=True)
         try:
+            if final.exists():
+                shutil.rmtree(final)  # whoever has mapped its files keeps them
+            if not resume:
+                shutil.rmtree(partial, ignore_errors=True)
+            require_space(final, needed - _bytes_in(partial))
             partial.mkdir(exist_ok=True)
             yield partial
             partial.rename(final)
@@ -58,6 +63,10 @@ def new_directory(final: Path, needed: int, *, resume: bool = False) -> Iterator
         finally:
             if not resume:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*")) if folder.exists() else 0
 
 
 @contextlib.contextmanager

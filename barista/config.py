@@ -25,6 +25,7 @@ OTHER_VARIABLES = frozenset({"BARISTA_CACHE", "BARISTA_CONFIG", "BARISTA_API_KEY
 POOL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")  # it becomes part of the names of Ray actors
 # Settings of the workers, which say nothing while the experts are in the engine.
 OF_THE_POOL = ("redundancy", "worker_threads", "worker_memory", "transport", "tls_dir")
+FORMATS = ("auto", "float32", "bf16", "fp8", "int8", "int4", "mxfp4")
 KINDS = {int: "an integer", float: "a number", str: "a string", Path: "a path"}
 
 
@@ -66,7 +67,12 @@ class ServeConfig:
     )
     transport: str = option("auto", "Wire between engine and workers.", choices=("auto", "shm", "grpc"))
     tls_dir: Path | None = option(None, "Folder of ca.pem, cert.pem and key.pem for mutual TLS.", shown="no TLS")
-    format: str = option("auto", "Weight format in memory.", choices=("auto", "float32", "bf16"))
+    format: str = option(
+        "auto",
+        "Weight format in memory.",
+        shown="as stored, or int8 or int4 if only that fits",
+        choices=FORMATS,
+    )
     threads: int = option(usable_cores, "Threads of the engine.", shown="the usable cores", minimum=1)
     max_model_len: int | None = option(
         None, "Longest context.", shown="the model's own, as far as memory allows", minimum=1

@@ -17,7 +17,7 @@ from experts import kernels
 from experts.checkpoint import open_checkpoint
 from experts.expert_model import ExpertModel, expert_bytes
 from experts.expert_weights import ExpertReader
-from experts.formats import held_dtype
+from experts.formats import Holding, held_dtype
 from experts.numerics import numerics_id
 from experts.remote import PoolConfig, RemotePool
 from router.messages import PoolAddress
@@ -58,7 +58,7 @@ class Rows:
 def read_model(path: Path) -> ExpertModel:
     """The experts of a checkpoint, held as the engine holds them by default."""
     checkpoint = open_checkpoint(path)
-    return expert_model(checkpoint, held_dtype(checkpoint))
+    return expert_model(checkpoint, Holding(held_dtype(checkpoint)))
 
 
 @contextmanager

@@ -5,25 +5,23 @@ Torch-free. The router makes it from a model's spec; everyone else reads it as J
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from experts.checkpoint import Checkpoint
-from experts.formats import BYTES_PER_VALUE, held_dtype_of
+from experts.formats import PLAIN, Group, forms_of, held_bytes_of
 from experts.spec import FFNSpec
-
-_SAMPLES = 64  # of each file
-_SAMPLE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertModel:
     """path: the checkpoint, at the same place on every worker's node. dtype: torch's name of the rows' dtype.
 
-    top_k: experts a token. layers: FFNSpec of each layer that has experts. digest: of the checkpoint's identity.
+    top_k: experts a token. layers: FFNSpec of each layer that has experts. digest: of the checkpoint's identity and of
+    how it is held. format: of the experts' weights, as in experts.formats.Holding.
     """
 
     path: Path
@@ -31,6 +29,7 @@ class ExpertModel:
     top_k: int
     layers: dict[int, FFNSpec]
     digest: bytes
+    format: str = PLAIN
 
     @property
     def hidden_size(self) -> int:
@@ -57,36 +56,25 @@ class ExpertModel:
             top_k=value["top_k"],
             layers={int(layer): FFNSpec(**spec) for layer, spec in value["layers"].items()},
             digest=bytes.fromhex(value["digest"]),
+            format=value["format"],
         )
 
 
-def checkpoint_digest(checkpoint: Checkpoint, dtype: str) -> bytes:
-    """16 bytes that tell one checkpoint, held as `dtype`, from another without reading all of its weights.
-
-    blake2b of the configuration, of each tensor's name, dtype, shape and place in its file, and of a few samples of
-    each file. Two checkpoints that pass for one differ in the digests of their experts.
-    """
-    tensors = [
-        (name, info.dtype, list(info.shape), info.file.name, info.offset, info.nbytes)
-        for name, info in sorted(checkpoint.tensors.items())
-    ]
-    identity = json.dumps([checkpoint.config, tensors, dtype], sort_keys=True, default=str)
-    digest = hashlib.blake2b(identity.encode(), digest_size=16)
-    for file in sorted({info.file for info in checkpoint.tensors.values()}):
-        with file.open("rb") as stream:
-            size = stream.seek(0, 2)
-            for sample in range(_SAMPLES):
-                stream.seek(size * sample // _SAMPLES)
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return digest.digest()
+def expert_groups(layers: Mapping[int, FFNSpec]) -> Iterator[Group]:
+    """The experts' matrices, layer by layer: one kernel call computes all experts of a layer."""
+    for layer, spec in layers.items():
+        yield {name: shape for expert in range(spec.num_experts) for name, shape in spec.tensors(layer, expert).items()}
 
 
 def expert_bytes(checkpoint: Checkpoint, model: ExpertModel) -> dict[int, int]:
-    """Bytes of one expert in memory, by layer. Raises KeyError for a tensor that the checkpoint lacks."""
+    """Bytes of one expert in memory, by layer.
+
+    Raises KeyError for a tensor that the checkpoint lacks, CheckpointError for a shape that the format cannot take.
+    """
+    forms = forms_of(checkpoint, expert_groups(model.layers), model.format)
     return {
         layer: sum(
-            shape[0] * shape[1] * BYTES_PER_VALUE[held_dtype_of(checkpoint.tensors[name], model.dtype)]
-            for name, shape in spec.tensors(layer, 0).items()
+            held_bytes_of(checkpoint.tensors[name], forms.get(name), model.dtype) for name in spec.tensors(layer, 0)
         )
         for layer, spec in model.layers.items()
     }

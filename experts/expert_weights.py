@@ -9,19 +9,19 @@ import torch
 from experts.checkpoint import Checkpoint, TensorInfo
 from experts.formats import held_dtype_of
 from experts.kernels.expert_table import ExpertWeights
+from experts.kernels.weight import Weight
 from experts.spec import FFNSpec
 from experts.weights import WeightReader
 
 
-
 def held_as(info: TensorInfo, model_dtype: torch.dtype) -> torch.dtype:
-    """torch's dtype for what experts/formats.py says of this tensor."""
+    """torch's dtype for what experts/formats/held.py says of this tensor."""
     dtype: torch.dtype = getattr(torch, held_dtype_of(info, str(model_dtype).removeprefix("torch.")))
     return dtype
 
 
 class ExpertReader:
-    """Reads experts from a checkpoint: views of the mapped files where the stored dtype is the held one."""
+    """Reads experts from a checkpoint, packed or not: views of the mapped files where that is how they are held."""
 
     def __init__(self, checkpoint: Checkpoint, model_dtype: torch.dtype) -> None:
         self._checkpoint = checkpoint
@@ -45,7 +45,7 @@ class ExpertReader:
             with info.file.open("rb") as stream:
                 os.posix_fadvise(stream.fileno(), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
 
-    def _get(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
+    def _get(self, name: str, shape: tuple[int, int]) -> Weight:
         info = self._checkpoint.tensors.get(name)
         dtype = self._model_dtype if info is None else held_as(info, self._model_dtype)
-        return self._reader.get(name, shape, dtype)
+        return self._reader.weight(name, shape, dtype)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from experts import kernels
+from experts.formats import PLAIN
 
 
-def numerics_id(dtype: torch.dtype) -> str:
-    """Names it: kernels, instruction set, torch, and the dtype of the rows. Equal ids give equal bytes."""
+def numerics_id(dtype: torch.dtype, weight_format: str = PLAIN) -> str:
+    """Names it: kernels, instruction set, torch, the dtype of the rows, and the weights' format where they are of few
+    bits (experts.formats.Holding). Equal ids give equal bytes."""
     version = ".".join(torch.__version__.split(".")[:2])
-    return f"{kernels.numerics_id()}-torch{version}-{str(dtype).removeprefix('torch.')}"
+    name = f"{kernels.numerics_id()}-torch{version}-{str(dtype).removeprefix('torch.')}"
+    return name if weight_format == PLAIN else f"{name}-{weight_format}"

@@ -116,8 +116,8 @@ class RemotePool:
         if view is not None and view.model_digest != self._model.digest:
             raise ConfigError(
                 f"The pool at {self._config.controller} has experts of another checkpoint than {self._model.path}, "
-                f"or in another dtype than {self._model.dtype}.",
-                "Name the model that the pool was made for, in its dtype, or use another pool.",
+                f"or in another dtype than {self._model.dtype} or format than {self._model.format}.",
+                "Name the model that the pool was made for, in its --format, or use another pool.",
             )
 
     def _new_tokens(self) -> dict[int, list[int]]:

@@ -1,4 +1,7 @@
-"""A checkpoint's tensors as torch tensors: mapped where the stored dtype is the wanted one, converted otherwise."""
+"""A checkpoint's tensors as torch tensors: mapped where the stored dtype is the wanted one, converted otherwise.
+
+Of a packed one (experts/packed), matrices of few bits, mapped as well.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ import torch
 from barista.errors import CheckpointError
 from experts.checkpoint import Checkpoint, TensorInfo
 from experts.checkpoint.names import SCALE_SUFFIX
+from experts.formats import FP8, TILED
+from experts.kernels.weight import Fp8Weight, TiledWeight, Weight
 
 FP8_BLOCK = 128
 
@@ -46,14 +51,7 @@ class WeightReader:
         unless FP8 is what is wanted; ggml's block types are dequantised to float32. Then each value is rounded once.
         Raises CheckpointError for a missing tensor, another shape, or FP8 without fitting scales.
         """
-        info = self._tensors.get(name)
-        if info is None:
-            raise CheckpointError(f"{self._path}: tensor {name} is missing.", "Is this the whole model?")
-        if info.shape != shape:
-            raise CheckpointError(
-                f"{info.file}: tensor {name} has shape {list(info.shape)}, expected {list(shape)}.",
-                "config.json and the weights do not belong together.",
-            )
+        info = self._info(name, shape)
         if info.dtype not in _TORCH_DTYPES:
             tensor = self._dequantise_ggml(info)
         else:
@@ -64,15 +62,49 @@ class WeightReader:
             tensor = _deinterleave_rows(tensor, info.interleaved_heads)
         return tensor.to(dtype)
 
+    def weight(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Weight:
+        """The matrix `name` as it is held: of few bits where the checkpoint is packed so, otherwise as `get`."""
+        info = self._info(name, shape)
+        if info.dtype in TILED:
+            return TiledWeight(TILED[info.dtype], shape, self._raw(info))
+        if info.dtype == FP8.dtype:
+            values = self._raw(info).view(torch.float8_e4m3fn).reshape(shape)
+            return Fp8Weight(values, self._fp8_scales(info))
+        return self.get(name, shape, dtype)
+
+    def blocks(self, name: str) -> np.ndarray:
+        """A matrix of ggml's blocks, uint8 [out, bytes of a row], its rows in Hugging Face's order."""
+        info = self._tensors[name]
+        rows = self._raw(info).view(info.shape[0], -1)
+        if info.interleaved_heads:
+            rows = _deinterleave_rows(rows, info.interleaved_heads)
+        array: np.ndarray = rows.numpy()
+        return array
+
+    def _info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        info = self._tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{self._path}: tensor {name} is missing.", "Is this the whole model?")
+        if info.shape != shape:
+            raise CheckpointError(
+                f"{info.file}: tensor {name} has shape {list(info.shape)}, expected {list(shape)}.",
+                "config.json and the weights do not belong together.",
+            )
+        return info
+
     def _stored(self, info: TensorInfo) -> torch.Tensor:
         """The tensor as it lies in the file: a view, or a copy where its bytes are not aligned to its dtype."""
         dtype = _TORCH_DTYPES[info.dtype]
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=dtype)
-        raw = torch.frombuffer(self._map(info.file), dtype=torch.uint8, count=info.nbytes, offset=info.offset)
+        raw = self._raw(info)
         if info.offset % dtype.itemsize:
             raw = raw.clone()
         return raw.view(dtype).reshape(info.shape)
+
+    def _raw(self, info: TensorInfo) -> torch.Tensor:
+        """The tensor's bytes in the file, uint8."""
+        return torch.frombuffer(self._map(info.file), dtype=torch.uint8, count=info.nbytes, offset=info.offset)
 
     def _dequantise_ggml(self, info: TensorInfo) -> torch.Tensor:
         """float32, in the shape of info."""

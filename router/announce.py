@@ -23,12 +23,14 @@ def base_url(host: str, port: int) -> str:
 class Announcement:
     """What is known before the model is loaded. url: without a path. has_chat: the model has a chat template.
 
-    workers: those that hold the experts, in words; empty while the engine holds them.
+    format: of the weights in memory, with the reason if there is one. workers: those that hold the experts, in words;
+    empty while the engine holds them.
     """
 
     url: str
     model_id: str
     path: Path
+    format: str
     threads: int
     has_chat: bool
     needs_key: bool
@@ -46,6 +48,7 @@ class Announcement:
         return (
             f"Ready: {self.model_id} at {self.url}/v1\n"
             f"  model     {self.path} ({model.num_layers} layers{experts}, {model.dtype})\n"
+            f"  format    {self.format}\n"
             f"  context   {model.max_model_len:,} tokens\n"
             f"  KV cache  {model.kv_capacity_tokens:,} tokens, {kv_size}\n"
             f"  threads   {self.threads}\n"

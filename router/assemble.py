@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import logging
+import os
+from dataclasses import replace
 from pathlib import Path
 
 from barista.config import ServeConfig
+from barista.machine import available_memory
 from barista.tracing import check_target
+from experts.checkpoint import open_checkpoint
+from experts.checkpoint.names import check_names
 from router.announce import Announcement
 from router.api.app import create_app
 from router.api.settings import ApiSettings
 from router.chat_template import ChatTemplate
 from router.engine_process import EngineProcess
+from router.format_choice import FormatChoice, choose_format
 from router.keys import Keys
 from router.messages import EngineConfig
+from router.model.families import model_spec
+from router.model.tensors import expert_tensors, ignored_tensors, trunk_tensors
 from router.models import BUILT_IN, existing_path
-from router.pool_order import pool_process, trace_target, worker_threads
+from router.pool_order import RAY_ADDRESS, pool_process, trace_target, worker_threads
 from router.server import Server
 from router.tokenizer import Tokenizer
 
@@ -25,13 +33,15 @@ log = logging.getLogger(__name__)
 def assemble(config: ServeConfig, path: Path, keys: Keys, url: str) -> tuple[Server, Announcement]:
     """A server of the model at `path` that is not running yet, and what to print once it is ready.
 
-    url: where it will be reached. Raises CheckpointError for the tokenizer, the chat template or the experts' tensors,
+    url: where it will be reached. Raises CheckpointError for the tokenizer, chat template, tensors or their format,
     ConfigError for workers of a dense model, or when traces cannot go where they shall.
     """
     if config.trace_to is not None:
         check_target(config.trace_to)
     tokenizer = Tokenizer.from_checkpoint(path)
     chat_template = chat_template_of(tokenizer)
+    choice = format_choice(config, path)
+    config = replace(config, format=choice.format)
     engine = EngineProcess(engine_config(config, path, tokenizer.eos_token_ids))
     pool = pool_process(config, path) if config.has_pool else None
     app = create_app(
@@ -41,12 +51,25 @@ def assemble(config: ServeConfig, path: Path, keys: Keys, url: str) -> tuple[Ser
         url=url,
         model_id=model_id(config),
         path=path,
+        format=str(choice),
         threads=config.threads,
         has_chat=chat_template is not None,
         workers=workers_line(config),
         needs_key=bool(keys.api),
     )
     return Server(app, engine, pool, drain_timeout=config.drain_timeout), announcement
+
+
+def format_choice(config: ServeConfig, path: Path) -> FormatChoice:
+    """The weights' format, decided once for engine and workers. What is not this machine's memory decides nothing."""
+    elsewhere = config.pool is not None or (config.has_pool and bool(os.environ.get(RAY_ADDRESS)))
+    checkpoint = open_checkpoint(path)
+    spec = model_spec(checkpoint.config)
+    check_names(trunk_tensors(spec) | expert_tensors(spec), checkpoint, ignored_tensors(spec))
+    choice = choose_format(checkpoint, spec, config.format, None if elsewhere else available_memory())
+    if choice.reason:
+        log.warning("Weights are held in %s.", choice)
+    return choice
 
 
 def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate | None:

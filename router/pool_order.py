@@ -15,7 +15,7 @@ from barista.placement import Placement, WorkerCapacity
 from experts.checkpoint import open_checkpoint
 from experts.cluster.messages import PoolConfig
 from experts.expert_model import ExpertModel, expert_bytes
-from experts.formats import held_dtype
+from experts.formats import holding
 from router.model.expert_model import expert_model
 from router.pool_process import PoolProcess
 
@@ -32,9 +32,13 @@ def pool_process(config: ServeConfig, path: Path) -> PoolProcess:
 
 
 def pool_order(config: ServeConfig, path: Path) -> PoolConfig:
-    """The keeper's first line. Raises as expert_model, and ConfigError for workers that cannot hold all experts."""
+    """The keeper's first line. A format of "auto" means: as stored.
+
+    Raises as expert_model, CheckpointError for shapes that the format cannot take, and ConfigError for workers that
+    cannot hold all experts.
+    """
     checkpoint = open_checkpoint(path)
-    model = expert_model(checkpoint, held_dtype(checkpoint, config.format))
+    model = expert_model(checkpoint, holding(checkpoint, config.format))
     if config.pool is None and config.worker_memory is not None:
         _require_room(model, expert_bytes(checkpoint, model), config.workers, config.worker_memory)
     return PoolConfig(

@@ -11,8 +11,9 @@ import transformers
 from torch import nn
 
 from barista.errors import CheckpointError, ConfigError
-from experts.checkpoint import Checkpoint
-from experts.expert_model import ExpertModel, checkpoint_digest
+from experts.checkpoint import Checkpoint, checkpoint_digest
+from experts.expert_model import ExpertModel
+from experts.formats import PLAIN
 from experts.spec import FFNSpec
 
 _LAYER = re.compile(r"(.*\blayers)\.(\d+)\.(?:(.*)\.)?\w+")
@@ -32,7 +33,7 @@ def expert_model(model: transformers.PreTrainedModel, checkpoint: Checkpoint) ->
         dtype=dtype,
         top_k=model.config.get_text_config().num_experts_per_tok,
         layers={layer: _ffn_spec(name, module, checkpoint) for layer, name, module in experts_modules(model)},
-        digest=checkpoint_digest(checkpoint, dtype),
+        digest=checkpoint_digest(checkpoint, dtype, PLAIN),
     )
 
 

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from experts.formats.formats import FP8, INT4, INT8, MXFP4, Q4_0, Q8_0, QUANTISED, TILED, Format
-from experts.formats.held import BYTES_PER_VALUE, held_dtype, held_dtype_of, main_dtype
+from experts.formats.formats import FP8, INT4, INT8, KEPT_FROM_GGUF, MXFP4, Q4_0, Q8_0, QUANTISED, TILED, Format
+from experts.formats.forms import Group, forms_of, held_bytes_of
+from experts.formats.held import (
+    BYTES_PER_VALUE,
+    PLAIN,
+    Holding,
+    held_dtype,
+    held_dtype_of,
+    holding,
+    main_dtype,
+)
 
 __all__ = [
     "BYTES_PER_VALUE",
     "FP8",
     "INT4",
     "INT8",
+    "KEPT_FROM_GGUF",
     "MXFP4",
+    "PLAIN",
     "Q4_0",
     "Q8_0",
     "QUANTISED",
     "TILED",
     "Format",
+    "Group",
+    "Holding",
+    "forms_of",
+    "held_bytes_of",
     "held_dtype",
     "held_dtype_of",
+    "holding",
     "main_dtype",
 ]

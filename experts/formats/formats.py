@@ -18,7 +18,7 @@ FP8_BLOCK = 128
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """name: as in `--format`, and of a tensor's dtype in a packed file, in capitals. code: enum bk_weights.
+    """name: as in `--format`. code: enum bk_weights.
 
     tile_bytes: of 16 x 64 weights, their scales included; 0 for fp8, which has no tiles.
     """
@@ -29,8 +29,8 @@ class Format:
 
     @property
     def dtype(self) -> str:
-        """What a packed file calls it."""
-        return self.name.upper()
+        """Of a tensor that is held so (TensorInfo.dtype); no name of safetensors or ggml, whose Q8_0 lies otherwise."""
+        return f"{self.name.upper()}_{'TILES' if self.tile_bytes else 'BLOCKS'}"
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a matrix of this shape. Raises CheckpointError if the format cannot take it."""

@@ -3,13 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 from experts.checkpoint import Checkpoint, TensorInfo
+from experts.formats.formats import FP8, KEPT_FROM_GGUF
 
 # Stored with no more precision than bfloat16 holds; every other stored dtype is held in float32 unless told otherwise.
 HELD_AS_BF16 = ("BF16", "F8_E4M3")
 FORMATS = {"float32": "float32", "bf16": "bfloat16"}
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
+PLAIN, GGUF = "plain", "gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """How a model is held. dtype: torch's name of the rows' dtype, and of each tensor that is not of few bits.
+
+    format: of the matrices of few bits (experts/formats/forms.py): the name of one of QUANTISED; "gguf": blocks of Q8_0
+    and Q4_0 as they are stored; "plain": there are none.
+    """
+
+    dtype: str
+    format: str = PLAIN
+
+    @property
+    def name(self) -> str:
+        """For people: as in `--format`, or gguf."""
+        plain = {dtype: name for name, dtype in FORMATS.items()}
+        return plain[self.dtype] if self.format == PLAIN else self.format
+
+
+def holding(checkpoint: Checkpoint, wanted: str = "auto") -> Holding:
+    """How the checkpoint is held when `--format` asks for `wanted`; "auto" stands for: as it is stored."""
+    if wanted in FORMATS:
+        return Holding(FORMATS[wanted])
+    dtype = held_dtype(checkpoint)
+    if wanted != "auto":
+        return Holding(dtype, wanted)
+    if main_dtype(checkpoint) == "F8_E4M3":
+        return Holding(dtype, FP8.name)
+    has_blocks = any(info.dtype in KEPT_FROM_GGUF for info in checkpoint.tensors.values())
+    return Holding(dtype, GGUF if has_blocks else PLAIN)
 
 
 def main_dtype(checkpoint: Checkpoint) -> str:

@@ -7,23 +7,26 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from barista.cache import cache_root
 from experts.checkpoint import Checkpoint
+from experts.kernels import Weight, parts_of
 
 log = logging.getLogger(__name__)
 
 DIGEST_BYTES = 16
 
 
-def digest_of(weights: tuple[torch.Tensor, ...]) -> bytes:
-    """blake2b, 16 bytes, of the tensors' bytes one after the other. hashlib gives up the GIL while it reads."""
+def digest_of(weights: Iterable[Weight]) -> bytes:
+    """blake2b, 16 bytes, of the weights' bytes one after the other. hashlib gives up the GIL while it reads."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for tensor in weights:
-        digest.update(tensor.view(torch.uint8).numpy().data)
+    for weight in weights:
+        for part in parts_of(weight):
+            digest.update(part.view(torch.uint8).numpy().data)
     return digest.digest()
 
 

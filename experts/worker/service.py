@@ -43,7 +43,7 @@ class ExpertsService:
         self._on_drain = on_drain
         self._tracer = tracer
         self._incarnation = uuid.uuid4().hex
-        self._numerics_id = numerics_id(store.dtype)
+        self._numerics_id = numerics_id(store.dtype, store.model.format)
         self._draining = False
         self._dispatches = 0
         self._counting = threading.Lock()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,11 +11,16 @@ import torch
 
 from barista.errors import CheckpointError
 from experts import kernels
-from experts.checkpoint import open_checkpoint
-from experts.expert_model import ExpertModel, checkpoint_digest, expert_bytes
-from experts.expert_weights import ExpertReader, ExpertWeights
+from experts.checkpoint import checkpoint_digest, open_checkpoint
+from experts.expert_model import ExpertModel, expert_bytes
+from experts.expert_weights import ExpertReader
+from experts.kernels.expert_table import ExpertWeights
 from experts.link import RowsStatus
+from experts.packed.convert import prepare
+from experts.packed.experts import expert_part
 from experts.worker.digests import DigestManifest, digest_of
+
+log = logging.getLogger(__name__)
 
 
 class Fenced(Exception):
@@ -64,7 +70,9 @@ class _Layer:
 class ExpertStore:
     """Experts of one model. Changes are serialised and happen layer by layer; computing waits for none of them.
 
-    capacity_bytes: the most weights to hold. Raises CheckpointError when the checkpoint is not there or lacks experts.
+    Experts of few bits are packed first, if nobody on this node has done so. capacity_bytes: the most weights to hold.
+    Raises CheckpointError when the checkpoint is not there, or lacks experts or has them in shapes that the format
+    cannot take; CacheError when they cannot be packed.
     """
 
     def __init__(self, model: ExpertModel, capacity_bytes: int) -> None:
@@ -72,16 +80,19 @@ class ExpertStore:
         self.model = model
         self.dtype: torch.dtype = getattr(torch, model.dtype)
         self.capacity_bytes = capacity_bytes
-        self.model_digest = checkpoint_digest(checkpoint, model.dtype)
+        self.model_digest = checkpoint_digest(checkpoint, model.dtype, model.format)
         self.term = self.epoch = 0
         try:
             self.expert_bytes = expert_bytes(checkpoint, model)
+            part = expert_part(checkpoint, model.layers, model.format)
         except KeyError as error:
             raise CheckpointError(
                 f"{model.path}: tensor {error.args[0]} is missing.", "Is this the whole model?"
             ) from error
-        self._reader = ExpertReader(checkpoint, self.dtype)
-        self._manifest = DigestManifest(checkpoint, self.model_digest)
+        prepare(part, lambda fraction, message: log.info("%.0f%%: %s", 100 * fraction, message))
+        held = part.over(checkpoint)
+        self._reader = ExpertReader(held, self.dtype)
+        self._manifest = DigestManifest(held, self.model_digest)
         self.tables = kernels.layer_tables(max(model.layers) + 1)  # what is held, for compiled code
         self._layers: Mapping[int, _Layer] = {}
         self._held: tuple[Mapping[int, _Layer], tuple[Held, ...]] = self._layers, ()

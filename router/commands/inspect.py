@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from barista.config import FORMATS
 from router.commands.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -14,19 +15,22 @@ if TYPE_CHECKING:
 
 def command(
     model: str = typer.Argument(help="A checkpoint's path, house-blend, or the name of a pulled model."),
+    wanted: str = typer.Option("auto", "--format", help=f"Weight format in memory. One of {', '.join(FORMATS)}."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON alone on stdout; sizes in bytes."),
 ) -> None:
     """Show a model's parameters, bytes per token and whether it fits this machine. Reads headers only."""
-    from barista.errors import BaristaError
+    from barista.errors import BaristaError, ConfigError
     from barista.machine import available_memory
     from experts.checkpoint import open_checkpoint
     from router.inspect import inspect_checkpoint
     from router.models import BUILT_IN, resolve
 
+    if wanted not in FORMATS:
+        raise ConfigError(f"format is {wanted!r}, which is unknown.", f"Give one of {', '.join(FORMATS)}.")
     path = resolve(model)
     if model == BUILT_IN and not path.exists():
         raise BaristaError(f"{BUILT_IN} is not carved yet.", f"Run: barista models --prepare {BUILT_IN}")
-    inspection = inspect_checkpoint(open_checkpoint(path), available_memory())
+    inspection = inspect_checkpoint(open_checkpoint(path), available_memory(), wanted)
     if as_json:
         print_json({"model": model, "path": str(path), **vars(inspection)})
     else:
@@ -43,12 +47,13 @@ def _print(model: str, figures: Inspection) -> None:
             experts += f", shared FFN of {figures.shared_intermediate_size}"
     verdict = "fits" if figures.fits else "does not fit"
     stored = f"{size(figures.file_bytes)} stored as {figures.dtype}"
-    held = f"{size(figures.held_bytes)} held in memory"
+    held = f"{size(figures.held_bytes)} held in memory as {figures.format}"
     rows = [
         ("family", f"{figures.family}, {figures.num_layers} layers, computed in {figures.held_dtype}"),
         ("experts", experts),
         ("parameters", f"{_count(figures.parameters)}, of which a token uses {_count(figures.active_parameters)}"),
         ("weights", f"{stored}, {held}, of which a token reads {size(figures.active_bytes_per_token)}"),
+        *([("format", f"{figures.format} ({figures.reason})")] if figures.reason else []),
         ("KV cache", f"{figures.kv_bytes_per_token:,} bytes per token"),
         ("context", f"{figures.max_model_len:,} tokens"),
         ("memory", f"{verdict}: needs {size(figures.memory_bytes)}, {size(figures.memory_available)} are free"),

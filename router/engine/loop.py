@@ -19,12 +19,13 @@ from barista.tracing import ENGINE_SERVICE, open_tracer
 from barista.trust import Trust
 from experts import kernels
 from experts.checkpoint import open_checkpoint
-from experts.formats import held_dtype
+from experts.formats import holding
 from experts.numerics import numerics_id
 from experts.remote import PoolConfig
 from router.engine.core import Engine, kv_blocks, kv_bytes_per_token, model_info
 from router.framing import frame, read_frame
 from router.kv_cache.blocks import BlockPool
+from router.memory import require_room_for_trunk
 from router.messages import (
     Abort,
     Command,
@@ -60,7 +61,7 @@ def serve(sock: socket.socket) -> None:
         _send(sock, Fatal(error.message, error.remedy))
         return
     except MemoryError:
-        _send(sock, Fatal("There is not enough memory to load the model.", "See `barista inspect`; try --format bf16."))
+        _send(sock, Fatal("There is not enough memory to load the model.", "See `barista inspect`; try --format int4."))
         return
     _send(sock, ready)
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -81,13 +82,17 @@ def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready, En
     kernels.set_num_threads(config.threads)
     torch.set_num_threads(config.threads)
     checkpoint = open_checkpoint(Path(config.path))
-    dtype = getattr(torch, held_dtype(checkpoint, config.format))
+    held = holding(checkpoint, config.format)
+    dtype = getattr(torch, held.dtype)
+    require_room_for_trunk(checkpoint, held, available_memory())
+    engine_numerics = numerics_id(dtype, held.format)
     model = load_model(
         checkpoint,
         dtype,
         config.max_model_len,
         lambda fraction, message: _send(sock, Loading(fraction, message)),
-        pool=_pool_config(config, dtype, tracer),
+        weight_format=held.format,
+        pool=_pool_config(config, engine_numerics, tracer),
     )
     free = available_memory()
     blocks = kv_blocks(model, config.block_size, config.kv_cache_tokens, config.kv_cache_bytes, free)
@@ -105,10 +110,10 @@ def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready, En
         eos_token_ids=config.eos_token_ids,
     )
     traces = _engine_traces(tracer, model)
-    return Engine(model, scheduler, traces), Ready(model_info(model, scheduler, numerics_id(model.dtype))), traces
+    return Engine(model, scheduler, traces), Ready(model_info(model, scheduler, engine_numerics)), traces
 
 
-def _pool_config(config: EngineConfig, dtype: torch.dtype, tracer: Tracer | None) -> PoolConfig | None:
+def _pool_config(config: EngineConfig, engine_numerics: str, tracer: Tracer | None) -> PoolConfig | None:
     if config.pool is None:
         return None
     tls_dir = config.pool.tls_dir
@@ -116,7 +121,7 @@ def _pool_config(config: EngineConfig, dtype: torch.dtype, tracer: Tracer | None
         controller=config.pool.controller,
         trust=Trust(config.pool.token, None if tls_dir is None else Path(tls_dir)),
         transport=config.pool.transport,
-        numerics_id=numerics_id(dtype),
+        numerics_id=engine_numerics,
         max_rows=config.max_num_batched_tokens,
         tracer=tracer,
     )

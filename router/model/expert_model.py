@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from barista.errors import ConfigError
-from experts.checkpoint import Checkpoint
+from experts.checkpoint import Checkpoint, checkpoint_digest
 from experts.checkpoint.names import check_names
-from experts.expert_model import ExpertModel, checkpoint_digest
+from experts.expert_model import ExpertModel
+from experts.formats import Holding
 from router.model.families import model_spec
 from router.model.spec import MoESpec
 from router.model.tensors import expert_tensors, ignored_tensors, trunk_tensors
 
 
-def expert_model(checkpoint: Checkpoint, dtype: str) -> ExpertModel:
-    """What workers must know to hold the checkpoint's experts as `dtype` (torch's name).
+def expert_model(checkpoint: Checkpoint, held: Holding) -> ExpertModel:
+    """What workers must know to hold the checkpoint's experts so.
 
     Raises ConfigError for a dense model, CheckpointError for an unknown architecture or a missing or misshapen tensor.
     """
@@ -26,8 +27,9 @@ def expert_model(checkpoint: Checkpoint, dtype: str) -> ExpertModel:
     check_names(trunk_tensors(spec) | expert_tensors(spec), checkpoint, ignored_tensors(spec))
     return ExpertModel(
         path=checkpoint.path.resolve(),
-        dtype=dtype,
+        dtype=held.dtype,
         top_k=max(layer.gate.top_k for layer in layers.values()),
         layers={index: layer.experts for index, layer in layers.items()},
-        digest=checkpoint_digest(checkpoint, dtype),
+        digest=checkpoint_digest(checkpoint, held.dtype, held.format),
+        format=held.format,
     )

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from experts import kernels
 from experts.checkpoint import Checkpoint
 from experts.checkpoint.names import check_names
-from experts.expert_model import expert_bytes
+from experts.expert_model import ExpertModel, expert_bytes
 from experts.expert_weights import ExpertReader, held_as
+from experts.formats import PLAIN, Holding
+from experts.packed.convert import prepare
 from experts.pool import ExpertPool
 from experts.remote import PoolConfig, RemotePool
 from experts.transport.local import LocalTransport
 from experts.weights import WeightReader
 from router.model.expert_model import expert_model
 from router.model.families import model_spec
-from router.model.spec import ModelSpec, MoESpec
+from router.model.packed import expert_layers, packed_experts, packed_trunk
+from router.model.spec import ModelSpec
 from router.model.tensors import expert_tensors, ignored_tensors, trunk_tensors
 from router.model.trunk import Trunk
 
 Progress = Callable[[float, str], None]
+
+TRUNK_AT = 0.9  # of the progress, when the experts are there
 
 
 class Model:
@@ -48,49 +54,64 @@ def load_model(
     max_len: int | None = None,
     on_progress: Progress | None = None,
     *,
+    weight_format: str = PLAIN,
     pool: PoolConfig | None = None,
 ) -> Model:
-    """Load every tensor that the model needs, memory-mapped where the checkpoint stores `model_dtype` already.
+    """Load every tensor that the model needs, memory-mapped where it is stored as it is held, or packed.
 
-    max_len: positions to prepare for; the model's own limit if None. pool: where the experts are, if not here; returns
-    once all of them can be reached. Raises CheckpointError: an unknown architecture, or a missing, unexpected or
-    misshapen tensor; ConfigError: the pool cannot hold all experts.
+    max_len: positions to prepare for; the model's own limit if None. weight_format: as in `Holding`; matrices of few
+    bits are packed first, unless they are already. pool: where the experts are, if not here; returns once all of them
+    can be reached. Raises CheckpointError: an unknown architecture, a missing, unexpected or misshapen tensor, or a
+    shape that the format cannot take; CacheError: there is no room to pack it; ConfigError: the pool cannot hold all
+    experts.
     """
     spec = model_spec(checkpoint.config)
     shapes = trunk_tensors(spec)
     check_names(shapes | expert_tensors(spec), checkpoint, ignored_tensors(spec))
-    reader = WeightReader(checkpoint)
     report = on_progress or (lambda fraction, message: None)
-
-    def load(name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return reader.get(name, shapes[name], dtype or held_as(checkpoint.tensors[name], model_dtype))
-
     remote: RemotePool | None = None
     experts: ExpertPool | None
     if pool is not None:
-        remote = _remote_pool(checkpoint, model_dtype, pool)
+        remote = RemotePool(*_as_workers_know_it(checkpoint, model_dtype, weight_format), pool)
         remote.start()
         experts = remote.experts
     else:
-        experts = _local_pool(spec, checkpoint, model_dtype, report) if spec.num_experts else None
-    report(0.9, "trunk")
+        experts = _local_pool(spec, checkpoint, model_dtype, weight_format, report) if spec.num_experts else None
+    report(TRUNK_AT, "trunk")
+    part = packed_trunk(checkpoint, spec, weight_format)
+    prepare(part, lambda fraction, message: report(TRUNK_AT + (1 - TRUNK_AT) * fraction, message))
+    packed = part.over(checkpoint)
+    reader = WeightReader(packed)
+
+    def load(name: str, dtype: torch.dtype | None = None) -> Any:
+        shape, info = shapes[name], packed.tensors[name]
+        if len(shape) == 2 and dtype is None:
+            return reader.weight(name, (shape[0], shape[1]), held_as(info, model_dtype))
+        return reader.get(name, shape, dtype or held_as(info, model_dtype))
+
     trunk = Trunk(spec, load, experts, min(max_len or spec.max_position, spec.max_position))
     if remote is not None:
         remote.wait_covered(report)
     return Model(spec, trunk, experts, model_dtype, remote)
 
 
-def _local_pool(spec: ModelSpec, checkpoint: Checkpoint, model_dtype: torch.dtype, report: Progress) -> ExpertPool:
-    reader = ExpertReader(checkpoint, model_dtype)
+def _local_pool(
+    spec: ModelSpec, checkpoint: Checkpoint, model_dtype: torch.dtype, weight_format: str, report: Progress
+) -> ExpertPool:
+    part = packed_experts(checkpoint, spec, weight_format)
+    prepare(part, lambda fraction, message: report(TRUNK_AT * fraction, message))
+    reader = ExpertReader(part.over(checkpoint), model_dtype)
     tables = {}
-    for index, layer in enumerate(spec.layers):
-        if isinstance(layer, MoESpec):
-            report(0.9 * index / spec.num_layers, f"experts of layer {index}")
-            weights = {e: reader.read(layer.experts, index, e) for e in range(layer.experts.num_experts)}
-            tables[index] = kernels.ExpertTable(weights, layer.experts.num_experts)
+    for index, layer in expert_layers(spec).items():
+        report(TRUNK_AT * index / spec.num_layers, f"experts of layer {index}")
+        weights = {expert: reader.read(layer, index, expert) for expert in range(layer.num_experts)}
+        tables[index] = kernels.ExpertTable(weights, layer.num_experts, dtype=model_dtype)
     return ExpertPool(LocalTransport(tables), spec.num_layers, spec.num_experts)
 
 
-def _remote_pool(checkpoint: Checkpoint, model_dtype: torch.dtype, config: PoolConfig) -> RemotePool:
-    model = expert_model(checkpoint, str(model_dtype).removeprefix("torch."))
-    return RemotePool(model, expert_bytes(checkpoint, model), config)
+def _as_workers_know_it(
+    checkpoint: Checkpoint, model_dtype: torch.dtype, weight_format: str
+) -> tuple[ExpertModel, dict[int, int]]:
+    """The experts, and the bytes of one by layer."""
+    model = expert_model(checkpoint, Holding(str(model_dtype).removeprefix("torch."), weight_format))
+    return model, expert_bytes(checkpoint, model)

@@ -10,6 +10,11 @@ from router.model.spec import DenseFFNSpec, GQASpec, MLASpec, ModelSpec, MoESpec
 
 Shapes = dict[str, tuple[int, ...]]
 
+_SINGLE_MATRIX = re.compile(
+    r"model\.embed_tokens\.weight|lm_head\.weight"
+    r"|model\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa)\.weight"
+)
+
 
 def trunk_tensors(spec: ModelSpec) -> Shapes:
     """Checkpoint name to shape of everything but the routed experts."""
@@ -25,6 +30,24 @@ def trunk_tensors(spec: ModelSpec) -> Shapes:
         shapes |= {f"{prefix}self_attn.{k}": v for k, v in attention(spec.attention, hidden).items()}  # type: ignore[arg-type]
         shapes |= _ffn_tensors(layer, index, hidden)
     return shapes
+
+
+def trunk_groups(spec: ModelSpec) -> list[Shapes]:
+    """The trunk's matrices that may be of few bits; those that one kernel call takes together in one group.
+
+    Not among them: the gates, because another choice of experts costs more than the bits save; and latent attention's
+    kv_b_proj, which is taken apart before it is used.
+    """
+    shapes = trunk_tensors(spec)
+    groups = [{name: shape} for name, shape in shapes.items() if _SINGLE_MATRIX.fullmatch(name)]
+    for index, layer in enumerate(spec.layers):
+        prefix = f"model.layers.{index}.mlp."
+        if isinstance(layer, MoESpec):
+            prefix += "shared_experts."
+        if isinstance(layer, DenseFFNSpec) or layer.shared_intermediate_size:
+            names = [f"{prefix}{role}_proj.weight" for role in ("gate", "up", "down")]
+            groups.append({name: shapes[name] for name in names})
+    return groups
 
 
 def expert_tensors(spec: ModelSpec) -> Shapes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -16,9 +16,10 @@ from router.model.spec import DenseFFNSpec, ModelSpec, MoESpec
 
 
 class Load(Protocol):
-    """Gives a tensor of the checkpoint by name, in the model's dtype unless another is asked for."""
+    """Gives a tensor of the checkpoint by name, in the model's dtype unless another is asked for; a matrix that is held
+    in few bits as a kernels.Weight, which is all that its users need."""
 
-    def __call__(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor: ...
+    def __call__(self, name: str, dtype: torch.dtype | None = None) -> Any: ...
 
 
 class FFN(Protocol):
@@ -32,9 +33,9 @@ class Trunk:
 
     def __init__(self, spec: ModelSpec, load: Load, pool: ExpertPool | None, max_len: int) -> None:
         self.spec = spec
-        self.embedding = load("model.embed_tokens.weight")
-        self.final_norm = load("model.norm.weight")
-        self.head = self.embedding if spec.tied_embeddings else load("lm_head.weight")
+        self.embedding: kernels.Weight = load("model.embed_tokens.weight")
+        self.final_norm: torch.Tensor = load("model.norm.weight")
+        self.head: kernels.Weight = self.embedding if spec.tied_embeddings else load("lm_head.weight")
         self.max_len = max_len
         self.cos, self.sin = cos_sin_table(spec.attention.rope, max_len)
         self.layers = [DecoderLayer(spec, i, load, pool) for i in range(spec.num_layers)]
@@ -45,7 +46,7 @@ class Trunk:
         Returns logits [num_samples, vocab] float32, and failed [num_tokens] bool: rows whose experts gave no finite
         answer.
         """
-        hidden = self.embedding[batch.token_ids].to(self.final_norm.dtype)
+        hidden = kernels.take_rows(self.embedding, batch.token_ids).to(self.final_norm.dtype)
         positions = batch.positions.long()
         cos_sin = self.cos[positions], self.sin[positions]
         failed = torch.zeros(len(hidden), dtype=torch.bool)
@@ -65,16 +66,16 @@ class DecoderLayer:
     def __init__(self, spec: ModelSpec, index: int, load: Load, pool: ExpertPool | None) -> None:
         prefix = f"model.layers.{index}."
         self.eps = spec.rms_norm_eps
-        self.attention_norm = load(prefix + "input_layernorm.weight")
+        self.attention_norm: torch.Tensor = load(prefix + "input_layernorm.weight")
         self.attention = build_attention(spec.attention, lambda name: load(f"{prefix}self_attn.{name}"))
         self.ffn_norm = load(prefix + "post_attention_layernorm.weight")
         layer = spec.layers[index]
         self.ffn: FFN
         if isinstance(layer, DenseFFNSpec):
-            self.ffn = SwiGLU(load, prefix + "mlp.")
+            self.ffn = SwiGLU(load, prefix + "mlp.", self.attention_norm.dtype)
         else:
             assert pool is not None
-            self.ffn = MoE(layer, index, load, pool)
+            self.ffn = MoE(layer, index, load, pool, self.attention_norm.dtype)
 
     def __call__(
         self,
@@ -98,9 +99,10 @@ class DecoderLayer:
 class SwiGLU:
     """A dense or shared FFN: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, load: Load, prefix: str) -> None:
+    def __init__(self, load: Load, prefix: str, dtype: torch.dtype) -> None:
+        """dtype: of the rows."""
         gate, up, down = (load(f"{prefix}{name}_proj.weight") for name in ("gate", "up", "down"))
-        self.table = kernels.ExpertTable({0: (gate, up, down)}, 1)
+        self.table = kernels.ExpertTable({0: (gate, up, down)}, 1, dtype=dtype)
 
     def __call__(self, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """[num_tokens, hidden] -> [num_tokens, hidden]: the kernel of the experts, with one that every token takes."""
@@ -111,11 +113,12 @@ class SwiGLU:
 class MoE:
     """The gate, the pool's routed experts and the shared experts, which run while the pool works."""
 
-    def __init__(self, spec: MoESpec, index: int, load: Load, pool: ExpertPool) -> None:
+    def __init__(self, spec: MoESpec, index: int, load: Load, pool: ExpertPool, dtype: torch.dtype) -> None:
+        """dtype: of the rows."""
         bias = load(spec.select_bias_name.format(layer=index), torch.float32) if spec.gate.select_bias else None
         self.gate = Gate(spec.gate, load(spec.gate_name.format(layer=index)), bias)
         self.shared = (
-            SwiGLU(load, f"model.layers.{index}.mlp.shared_experts.") if spec.shared_intermediate_size else None
+            SwiGLU(load, f"model.layers.{index}.mlp.shared_experts.", dtype) if spec.shared_intermediate_size else None
         )
         self.index = index
         self.pool = pool

@@ -110,7 +110,7 @@ class StaticPool:
             controller=self.controller.address,
             trust=TRUST,
             transport=transport,
-            numerics_id=numerics_id(getattr(torch, dtype_name)),
+            numerics_id=numerics_id(getattr(torch, dtype_name), self.model.format),
             max_rows=max_rows,
         )
 

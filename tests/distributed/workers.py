@@ -16,8 +16,9 @@ from pathlib import Path
 from barista.cache import cache_root
 from barista.trust import TOKEN_VARIABLE, Trust
 from experts import kernels
-from experts.checkpoint import open_checkpoint
-from experts.expert_model import ExpertModel, checkpoint_digest
+from experts.checkpoint import checkpoint_digest, open_checkpoint
+from experts.expert_model import ExpertModel
+from experts.formats import PLAIN
 from router.model.families import model_spec
 from router.model.spec import MoESpec
 from tests.unit.tiny_model import write_tiny_model
@@ -56,7 +57,7 @@ class RunningWorker:
             self.process.send_signal(signal.SIGCONT)
 
 
-def expert_model(path: Path, dtype: str = "float32") -> ExpertModel:
+def expert_model(path: Path, dtype: str = "float32", weight_format: str = PLAIN) -> ExpertModel:
     checkpoint = open_checkpoint(path)
     spec = model_spec(checkpoint.config)
     layers = {index: layer for index, layer in enumerate(spec.layers) if isinstance(layer, MoESpec)}
@@ -65,13 +66,16 @@ def expert_model(path: Path, dtype: str = "float32") -> ExpertModel:
         dtype=dtype,
         top_k=max(layer.gate.top_k for layer in layers.values()),
         layers={index: layer.experts for index, layer in layers.items()},
-        digest=checkpoint_digest(checkpoint, dtype),
+        digest=checkpoint_digest(checkpoint, dtype, weight_format),
+        format=weight_format,
     )
 
 
-def tiny_expert_model(folder: Path, dtype: str = "float32", **changes: object) -> ExpertModel:
+def tiny_expert_model(
+    folder: Path, dtype: str = "float32", weight_format: str = PLAIN, **changes: object
+) -> ExpertModel:
     """The experts of tests/unit/tiny_model.py: two layers of 4 experts, top 2, hidden 32, intermediate 16."""
-    return expert_model(write_tiny_model(folder, **changes), dtype)
+    return expert_model(write_tiny_model(folder, **changes), dtype, weight_format)
 
 
 @contextmanager

@@ -29,13 +29,13 @@ def rand(*shape):
     return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
 
 
-def write_gguf(path, arch, tensors, *, metadata=None, quantise=None):
+def write_gguf(path, arch, tensors, *, metadata=None, quantise=None, inner=INNER):
     """A one-layer GGUF. metadata: extra keys under the architecture. quantise: {tensor name: ggml type}."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(1)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INNER)
+    writer.add_feed_forward_length(inner)
     writer.add_head_count(HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-6)
@@ -208,7 +208,7 @@ def split(tmp_path):
     writer.add_block_count(1)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INNER)
+    writer.add_feed_forward_length(inner)
     writer.add_head_count(HEADS)
     writer.add_layer_norm_rms_eps(1e-6)
     for name, values in dense_tensors().items():
