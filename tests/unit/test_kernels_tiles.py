@@ -28,7 +28,7 @@ def held(form: Format, weight: Tensor) -> kernels.Weight:
         return kernels.Fp8Weight(*kernels.encode_fp8(weight))
     shape = (weight.shape[0], weight.shape[1])
     if form in (Q8_0, Q4_0):
-        blocks = gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType[form.dtype])
+        blocks = gguf.quantize(weight.numpy(), gguf.GGMLQuantizationType[form.name.upper()])
         return kernels.TiledWeight(form, shape, torch.from_numpy(from_ggml(form, blocks)))
     return kernels.TiledWeight(form, shape, kernels.encode(form, weight))
 
