@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from barista.errors import EngineFailed
 from router.api.app import create_app
 from router.api.settings import ApiSettings
-from router.messages import Failed, ModelInfo, PoolStats, SamplingParams, Stats, Submit, Token
+from router.messages import ExpertCacheStats, Failed, ModelInfo, PoolStats, SamplingParams, Stats, Submit, Token
 from router.pool_client import PoolClient
 
 EOS = 0
@@ -77,7 +77,8 @@ class FakeEngine:
     """Plays `script(submission)`, one token every `delay` seconds.
 
     fail: index of the token in whose place Failed(fail_code) comes. gate: tokens from number gate_at wait for it.
-    pool: what it tells of its workers. hung: it answers no question about itself.
+    pool, expert_cache: what it tells of its workers and of its experts in memory. hung: it answers no question about
+    itself.
     submitted: every submission. aborted: request ids that were closed before their end.
     """
 
@@ -93,6 +94,7 @@ class FakeEngine:
     submitted: list[Submit] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     pool: PoolStats | None = None
+    expert_cache: ExpertCacheStats | None = None
     hung: bool = False
 
     @property
@@ -149,6 +151,7 @@ class FakeEngine:
             iteration_tokens=20,
             expert_tokens=((), (30, 10, 0, 0)),
             pool=self.pool,
+            expert_cache=self.expert_cache,
         )
 
     def _token(self, submit: Submit, index: int, token_id: int) -> Token:

@@ -4,7 +4,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from barista.metrics import load_imbalance
-from router.messages import LinkStats, PoolStats
+from router.messages import ExpertCacheStats, LinkStats, PoolStats
 from tests.unit.fake_engine import FakeEngine, client, fake_app
 
 pytestmark = pytest.mark.anyio
@@ -61,6 +61,14 @@ async def test_the_engines_numbers_are_shown():
     assert values["expert_load_imbalance", "1"] == 3.0
     for name in ("placement_epoch", "experts_uncovered", "resends_total", "hedges_total", "num_preemptions_total"):
         assert values[name,] == 0
+
+
+async def test_the_experts_in_memory_are_shown_where_they_are_limited():
+    values = await scrape(FakeEngine(expert_cache=ExpertCacheStats(queries=10, hits=7, resident_bytes=4096)))
+    assert values["expert_cache_queries_total",] == 10
+    assert values["expert_cache_hits_total",] == 7
+    assert values["expert_cache_bytes",] == 4096
+    assert not any(name.startswith("expert_cache") for name, *_ in await scrape(FakeEngine()))
 
 
 async def test_the_pools_numbers_are_shown():

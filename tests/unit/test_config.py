@@ -51,7 +51,8 @@ def test_every_field_can_be_set_from_the_file_and_from_the_environment(tmp_path:
     }
     kind = TYPES[name]
     value = special.get(name, "x" if kind in (str, str | None) or "Path" in str(kind) else 7)
-    values = {"workers": 2, "trace_to": "x", name: value}  # some fields mean nothing without workers or traces
+    # Some fields mean nothing without workers or traces, and one nothing with workers.
+    values = {"workers": 0 if name == "expert_memory" else 2, "trace_to": "x", name: value}
     from_file = load(toml(tmp_path, "".join(f"{key} = {json.dumps(entry)}\n" for key, entry in values.items())), {}, {})
     from_env = load(None, {f"BARISTA_{key.upper()}": str(entry) for key, entry in values.items()}, {})
     assert from_file == from_env
@@ -134,6 +135,17 @@ def test_a_setting_of_the_workers_asks_for_workers(given: dict[str, object]) -> 
         load(None, {}, given)
     assert load(None, {}, {"workers": 2, **given}).has_pool
     assert load(None, {}, {"pool": "bar", **given}).has_pool
+
+
+def test_experts_are_kept_within_a_limit_in_the_engine_only() -> None:
+    assert load(None, {"BARISTA_EXPERT_MEMORY": "1000"}, {}).expert_memory == 1000
+    for workers in ({"workers": 2}, {"pool": "bar"}):
+        with pytest.raises(
+            ConfigError, match=r"expert_memory is 1000, but the experts are on workers.*--worker-memory"
+        ):
+            load(None, {}, {"expert_memory": 1000, **workers})
+    with pytest.raises(ConfigError, match="expert_memory is 0"):
+        load(None, {}, {"expert_memory": 0})
 
 
 @pytest.mark.parametrize("name", ["", "a b", "-x", "x/y", "é", "x" * 64])
