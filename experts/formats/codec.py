@@ -36,7 +36,9 @@ def encode(form: Format, weight: np.ndarray) -> np.ndarray:
         groups = _groups(rows, TILE_INPUTS)
         largest = np.abs(groups).max(-1)
         codes = np.stack([(largest / header / np.float32(127 + i / 2)).astype(np.float16) for i in range(4)])
-        code, integers = _best(groups / header, codes, codes.astype(np.float32), lambda v: np.rint(np.clip(v, -127, 127)))
+        code, integers = _best(
+            groups / header, codes, codes.astype(np.float32), lambda v: np.rint(np.clip(v, -127, 127))
+        )
         return _tiles8(header, integers, code.view(np.uint8))
     groups = _groups(rows, TILE_INPUTS // 2)
     largest = np.abs(groups).max(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -73,6 +74,21 @@ def test_a_library_is_compiled_once_and_another_compiler_has_its_own(monkeypatch
     assert [entry.name for entry in path.parent.iterdir()] == ["portable.so"]
     monkeypatch.setenv("CXX", f"{tmp_path}/fake-c++ -g")
     assert compiler.library_path(portable) != path
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are those of x86-64")
+@pytest.mark.parametrize("variant", compiler.VARIANTS, ids=lambda variant: variant.name)
+def test_instruction_sets_that_this_machine_lacks_are_written_in_valid_code(variant):
+    if variant in compiler.runnable_variants():
+        pytest.skip("it is compiled and run here")
+    command = compiler.find_compiler()
+    if command == compiler._ZIG:
+        pytest.skip("zig names instruction sets otherwise")
+    sources = [str(compiler.SOURCES / name) for name in ("dot.cpp", "tiles.cpp")]  # with all that differs between them
+    done = subprocess.run(
+        [*command, *compiler._FLAGS, *variant.flags, "-fsyntax-only", *sources], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_compiler_error_is_shown(monkeypatch, tmp_path):
