@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -137,7 +138,9 @@ def _scale8_candidates(largest: np.ndarray, matrix_scale: np.float32) -> np.ndar
     return np.stack(tries).astype(np.uint8)
 
 
-def _best(groups: np.ndarray, codes: np.ndarray, values: np.ndarray, integer) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[no-untyped-def]
+def _best(
+    groups: np.ndarray, codes: np.ndarray, values: np.ndarray, integer: Callable[[np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     """The code of each group's best scale, the first of equals, and the group's integers with it."""
     best_error = np.full(groups.shape[:2], np.inf, np.float32)
     best_code = np.zeros(groups.shape[:2], codes.dtype)
