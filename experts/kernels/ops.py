@@ -39,15 +39,14 @@ def linear(
     assert fits_rows(weight, dtype)
     assert weight.shape[1] == in_features
     assert x.stride(1) == out.stride(1) == 1
-    plain = isinstance(weight, Tensor)
-    assert not plain or weight.stride(1) == 1
+    assert not isinstance(weight, Tensor) or weight.stride(1) == 1
     assert out.shape == (num_rows, out_features)
     assert bias is None or (bias.dtype is dtype and bias.is_contiguous() and bias.shape[0] == out_features)
     functions.bk_linear(
         x.data_ptr(),
         x.stride(0),
         address_of_weight(weight),
-        weight.stride(0) if plain else 0,
+        weight.stride(0) if isinstance(weight, Tensor) else 0,
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         out.stride(0),
