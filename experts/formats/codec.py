@@ -12,7 +12,6 @@ from experts.formats.formats import (
     INT4,
     INT8,
     MXFP4,
-    Q4_0,
     Q8_0,
     TILE_INPUTS,
     TILE_ROWS,
