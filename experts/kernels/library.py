@@ -39,10 +39,13 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
         [_P, _P, _L, _L, _L, _P, _L, _L, _L, _P, _L, _P, _P, _F, _P, _L, _L, _L, _L, _L, _L, _I],
         None,
     ),
+    "bk_gqa_layer": ([_P, _P, _P, _P], _I),
+    "bk_mla_layer": ([_P, _P, _P, _P], _I),
+    "bk_choose": ([_P, _P, _P, _P, _L], _I),
 }
 
 
-class _GateSpec(ctypes.Structure):
+class GateSpecStruct(ctypes.Structure):
     """bk_gate_spec of src/barista_kernels.h."""
 
     _fields_ = (
@@ -63,7 +66,7 @@ class _GateSpec(ctypes.Structure):
 def gate_parameters(spec: GateSpec) -> Any:
     """The spec as bk_gate takes it."""
     return ctypes.pointer(
-        _GateSpec(
+        GateSpecStruct(
             num_experts=spec.num_experts,
             top_k=spec.top_k,
             num_groups=spec.num_groups,

@@ -91,6 +91,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None =
     return out
 
 
+def add_norm(update: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += update (or None), in place; its rms_norm. update, residual: [n, width]. Returns [n, width]."""
+    if update is None:
+        return rms_norm(residual, weight, eps)
+    return rms_norm(update, weight, eps, residual=residual)
+
+
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """round(silu(gate)) * up.
 

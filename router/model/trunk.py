@@ -10,7 +10,6 @@ from experts import kernels
 from experts.pool import ExpertPool
 from router.model.attention import build_attention
 from router.model.batch import Batch
-from router.model.gate import Gate
 from router.model.rope import cos_sin_table
 from router.model.spec import DenseFFNSpec, ModelSpec, MoESpec
 
@@ -37,7 +36,7 @@ class Trunk:
         self.head = self.embedding if spec.tied_embeddings else load("lm_head.weight")
         self.max_len = max_len
         self.cos, self.sin = cos_sin_table(spec.attention.rope, max_len)
-        self.layers = [DecoderLayer(spec, i, load, pool) for i in range(spec.num_layers)]
+        self.layers = [DecoderLayer(spec, i, load, pool, self.final_norm.dtype) for i in range(spec.num_layers)]
 
     def forward(self, batch: Batch, cache: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One step. cache: [num_layers, ...] as kv_cache/storage.py lays it out; its slots of this batch are written.
@@ -46,53 +45,46 @@ class Trunk:
         answer.
         """
         hidden = self.embedding[batch.token_ids].to(self.final_norm.dtype)
-        positions = batch.positions.long()
-        cos_sin = self.cos[positions], self.sin[positions]
-        failed = torch.zeros(len(hidden), dtype=torch.bool)
+        rows = kernels.StepRows(
+            hidden,
+            cache,
+            self.cos[batch.positions],
+            self.sin[batch.positions],
+            slots=batch.slots,
+            seq_ids=batch.seq_ids,
+            positions=batch.positions,
+            block_tables=batch.block_tables,
+        )
+        failed: list[torch.Tensor] = []
         update: torch.Tensor | None = None
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            update, layer_failed = layer(hidden, update, cos_sin, batch, layer_cache, step)
-            failed |= layer_failed
+        for layer in self.layers:
+            update, layer_failed = layer(update, rows, step)
+            failed.append(layer_failed)
         assert update is not None
-        rows = batch.sample_rows
-        final = kernels.rms_norm(update[rows], self.final_norm, self.spec.rms_norm_eps, residual=hidden[rows])
-        return kernels.linear(final, self.head, out_dtype=torch.float32), failed
+        wanted = batch.sample_rows
+        final = kernels.rms_norm(update[wanted], self.final_norm, self.spec.rms_norm_eps, residual=hidden[wanted])
+        return kernels.linear(final, self.head, out_dtype=torch.float32), torch.stack(failed).any(0)
 
 
 class DecoderLayer:
     """Pre-norm attention and FFN. The residual is updated in place; the next norm adds the FFN's output."""
 
-    def __init__(self, spec: ModelSpec, index: int, load: Load, pool: ExpertPool | None) -> None:
+    def __init__(self, spec: ModelSpec, index: int, load: Load, pool: ExpertPool | None, dtype: torch.dtype) -> None:
         prefix = f"model.layers.{index}."
-        self.eps = spec.rms_norm_eps
-        self.attention_norm = load(prefix + "input_layernorm.weight")
-        self.attention = build_attention(spec.attention, lambda name: load(f"{prefix}self_attn.{name}"))
-        self.ffn_norm = load(prefix + "post_attention_layernorm.weight")
+        self.attention = build_attention(spec, index, lambda name: load(prefix + name))
         layer = spec.layers[index]
         self.ffn: FFN
         if isinstance(layer, DenseFFNSpec):
             self.ffn = SwiGLU(load, prefix + "mlp.")
         else:
             assert pool is not None
-            self.ffn = MoE(layer, index, load, pool)
+            self.ffn = MoE(layer, index, load, pool, dtype)
 
     def __call__(
-        self,
-        hidden: torch.Tensor,
-        update: torch.Tensor | None,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
-        batch: Batch,
-        cache: torch.Tensor,
-        step: int,
+        self, update: torch.Tensor | None, rows: kernels.StepRows, step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden += update, then attention and FFN; returns the FFN's output, not yet added, and the failed rows."""
-        if update is None:
-            x = kernels.rms_norm(hidden, self.attention_norm, self.eps)
-        else:
-            x = kernels.rms_norm(update, self.attention_norm, self.eps, residual=hidden)
-        attended = self.attention(x, cos_sin, batch, cache, self.eps)
-        x = kernels.rms_norm(attended, self.ffn_norm, self.eps, residual=hidden)
-        return self.ffn(x, step)
+        """residual += update, then attention and FFN; returns the FFN's output, not yet added, and the failed rows."""
+        return self.ffn(self.attention(update, rows), step)
 
 
 class SwiGLU:
@@ -111,9 +103,12 @@ class SwiGLU:
 class MoE:
     """The gate, the pool's routed experts and the shared experts, which run while the pool works."""
 
-    def __init__(self, spec: MoESpec, index: int, load: Load, pool: ExpertPool) -> None:
+    def __init__(self, spec: MoESpec, index: int, load: Load, pool: ExpertPool, dtype: torch.dtype) -> None:
         bias = load(spec.select_bias_name.format(layer=index), torch.float32) if spec.gate.select_bias else None
-        self.gate = Gate(spec.gate, load(spec.gate_name.format(layer=index)), bias)
+        weight = load(spec.gate_name.format(layer=index))
+        if spec.gate.float32_logits:
+            weight = weight.float()
+        self.gate = kernels.GateLayer(spec.gate, weight, bias, dtype)
         self.shared = (
             SwiGLU(load, f"model.layers.{index}.mlp.shared_experts.") if spec.shared_intermediate_size else None
         )
