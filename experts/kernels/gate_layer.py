@@ -55,10 +55,11 @@ class GateLayer:
         if functions is None:
             return choose_in_steps(self, hidden_states)
         assert hidden_states.dtype is self.dtype
-        shape = len(hidden_states), self.spec.top_k
-        topk_ids, topk_weights = torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.float32)
+        num_tokens, top_k = hidden_states.shape[0], self.spec.top_k
+        topk_ids = torch.empty(num_tokens, top_k, dtype=torch.int32)
+        topk_weights = torch.empty(num_tokens, top_k, dtype=torch.float32)
         status = functions.bk_choose(
-            self._address, pointer(hidden_states), topk_ids.data_ptr(), topk_weights.data_ptr(), shape[0]
+            self._address, pointer(hidden_states), topk_ids.data_ptr(), topk_weights.data_ptr(), num_tokens
         )
         assert status == 0
         return topk_ids, topk_weights

@@ -198,7 +198,7 @@ def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: 
     if functions is None:
         return reference.moe(hidden_states, topk_ids, topk_weights, experts)
     num_tokens, hidden_size = hidden_states.shape
-    rows = torch.empty((num_tokens, hidden_size), dtype=hidden_states.dtype)
+    rows = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     failed = torch.empty(num_tokens, dtype=torch.bool)
     assert hidden_states.dtype is experts.dtype
     assert hidden_states.stride(1) == 1

@@ -80,4 +80,4 @@ class StepRows:
 
     def empty_rows(self) -> Tensor:
         """Room for rows like the residual's."""
-        return torch.empty(self.residual.shape, dtype=self.residual.dtype)
+        return torch.empty_like(self.residual)

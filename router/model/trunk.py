@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
@@ -44,12 +45,12 @@ class Trunk:
         Returns logits [num_samples, vocab] float32, and failed [num_tokens] bool: rows whose experts gave no finite
         answer.
         """
-        hidden = self.embedding[batch.token_ids].to(self.final_norm.dtype)
+        hidden = self.embedding.index_select(0, batch.token_ids).to(self.final_norm.dtype)
         rows = kernels.StepRows(
             hidden,
             cache,
-            self.cos[batch.positions],
-            self.sin[batch.positions],
+            self.cos.index_select(0, batch.positions),
+            self.sin.index_select(0, batch.positions),
             slots=batch.slots,
             seq_ids=batch.seq_ids,
             positions=batch.positions,
@@ -62,7 +63,8 @@ class Trunk:
             failed.append(layer_failed)
         assert update is not None
         wanted = batch.sample_rows
-        final = kernels.rms_norm(update[wanted], self.final_norm, self.spec.rms_norm_eps, residual=hidden[wanted])
+        update, hidden = update.index_select(0, wanted), hidden.index_select(0, wanted)
+        final = kernels.rms_norm(update, self.final_norm, self.spec.rms_norm_eps, residual=hidden)
         return kernels.linear(final, self.head, out_dtype=torch.float32), torch.stack(failed).any(0)
 
 
@@ -96,8 +98,13 @@ class SwiGLU:
 
     def __call__(self, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """[num_tokens, hidden] -> [num_tokens, hidden]: the kernel of the experts, with one that every token takes."""
-        everyone = torch.zeros(len(x), 1, dtype=torch.int32)
-        return kernels.moe(x, everyone, torch.ones(len(x), 1), self.table)
+        return kernels.moe(x, *_everyone(x.shape[0]), self.table)
+
+
+@functools.lru_cache(maxsize=8)
+def _everyone(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """topk_ids and topk_weights of a layer whose only expert every token takes."""
+    return torch.zeros(num_tokens, 1, dtype=torch.int32), torch.ones(num_tokens, 1)
 
 
 class MoE:
