@@ -104,7 +104,7 @@ void multiply_rows(const Product* products, int64_t count, int64_t begin, int64_
         outputs += products[i].weight->out;
         multiply_adds += n * products[i].weight->out * products[i].weight->in;
     }
-    const bool alone = multiply_adds <= kFewMultiplyAdds;
+    const bool alone = multiply_adds < kFewMultiplyAdds;
     const int64_t wanted_tasks = alone ? 1 : 4 * num_threads();
     Tile<T>* tiles = tiles_buffer.get<Tile<T>>(outputs / kQuantum + count);
     int64_t num_tiles = 0;
