@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 from barista.errors import BaristaError
+from barista.machine import usable_cores
 from experts.kernels import compiler
 from experts.spec import GateSpec
 
@@ -90,6 +91,7 @@ class Library:
         for name, (arguments, result) in _SIGNATURES.items():
             function = getattr(self.functions, name)
             function.argtypes, function.restype = arguments, result
+        self.functions.bk_set_threads(usable_cores())
 
 
 _loaded = False
@@ -134,6 +136,8 @@ def numerics_id() -> str:
 
 
 def set_num_threads(threads: int) -> None:
-    """Threads that the kernels use, the caller's included; 0: as many as this process may run on. No result changes."""
+    """Threads that the kernels use, the caller's included; 0: as many as this process may keep busy, which is where
+    they start. No result changes.
+    """
     if functions := current():
-        functions.bk_set_threads(threads)
+        functions.bk_set_threads(threads or usable_cores())

@@ -35,7 +35,7 @@ struct bk_fp8 {
     const float* scales;
 };
 
-// Threads to use, the caller's included; 0 or less: as many as this process may run on.
+// Threads to use, the caller's included; one until it is told. How many may be kept busy is the caller's to know.
 void bk_set_threads(int32_t threads);
 int32_t bk_num_threads(void);
 
