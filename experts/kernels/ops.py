@@ -90,6 +90,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None =
     return out
 
 
+def add_norm(update: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += update (or None), in place; its rms_norm. update, residual: [n, width]. Returns [n, width]."""
+    if update is None:
+        return rms_norm(residual, weight, eps)
+    return rms_norm(update, weight, eps, residual=residual)
+
+
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """round(silu(gate)) * up.
 
@@ -190,7 +197,7 @@ def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: 
     if functions is None:
         return reference.moe(hidden_states, topk_ids, topk_weights, experts)
     num_tokens, hidden_size = hidden_states.shape
-    rows = torch.empty((num_tokens, hidden_size), dtype=hidden_states.dtype)
+    rows = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     failed = torch.empty(num_tokens, dtype=torch.bool)
     assert hidden_states.dtype is experts.dtype
     assert hidden_states.stride(1) == 1

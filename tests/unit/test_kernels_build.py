@@ -120,6 +120,19 @@ def test_numerics_id_names_sources_and_instruction_set():
     assert variant == compiler.runnable_variants()[0].name
 
 
+def test_the_threads_are_those_that_the_machine_grants(monkeypatch):
+    """barista.machine knows: affinity, capped by the control group's quota."""
+    kernels.load()
+    monkeypatch.setattr(library, "usable_cores", lambda: 5)
+    functions = library.Library(compiler.runnable_variants()[0]).functions
+    assert functions.bk_num_threads() == 5
+    kernels.set_num_threads(3)
+    assert functions.bk_num_threads() == 3
+    kernels.set_num_threads(0)
+    assert functions.bk_num_threads() == 5
+    kernels.set_num_threads(2)
+
+
 def test_idle_threads_burn_no_processor_time():
     kernels.load()
     kernels.set_num_threads(3)
