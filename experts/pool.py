@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -33,6 +35,9 @@ class Transport(Protocol):
     def combine(self, ticket: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows [num_tokens, hidden] in the model's dtype and failed [num_tokens] bool. A failed row is zero."""
         ...
+
+
+T = TypeVar("T", bound=Transport)
 
 
 class Pending:
@@ -78,6 +83,16 @@ class ExpertPool:
         self._routed.append((layer, topk_ids))
         batch = DispatchBatch(step, layer, hidden_states, topk_ids, topk_weights)
         return Pending(self._transport, self._transport.dispatch(batch))
+
+    @contextlib.contextmanager
+    def through(self, around: Callable[[Transport], T]) -> Iterator[T]:
+        """While this lasts, what `around` makes of the pool's transport stands before it, to observe what passes."""
+        below = self._transport
+        self._transport = above = around(below)
+        try:
+            yield above
+        finally:
+            self._transport = below
 
     @property
     def expert_tokens(self) -> torch.Tensor:
