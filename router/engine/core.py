@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from barista.errors import InvalidRequest, RequestError
+from experts.residency import Residency
 from router.engine.pool_stats import pool_stats
 from router.kv_cache.storage import allocate_cache
-from router.messages import Failed, ModelInfo, Stats, StepEvents, Submit, Token
+from router.messages import ExpertCacheStats, Failed, ModelInfo, Stats, StepEvents, Submit, Token
 from router.model.batch import Batch
 from router.model.load import Model
 from router.request import Sequence, Status
@@ -113,6 +114,7 @@ class Engine:
             iteration_tokens=self._iteration_tokens,
             expert_tokens=() if experts is None else tuple(map(tuple, experts.expert_tokens.tolist())),
             pool=None if self._model.remote is None else pool_stats(self._model.remote),
+            expert_cache=_expert_cache_stats(self._model.residency),
         )
 
     def _check_ids(self, request: Submit) -> None:
@@ -165,6 +167,12 @@ class Engine:
                 code, message = ("expert_unavailable", UNAVAILABLE) if lacking.any() else ("nonfinite", NONFINITE)
                 self._scheduler.abort(chunk.sequence.request_id)
                 self._failed.append(Failed(chunk.sequence.request_id, code, message))
+
+
+def _expert_cache_stats(residency: Residency | None) -> ExpertCacheStats | None:
+    if residency is None:
+        return None
+    return ExpertCacheStats(residency.queries, residency.hits, residency.resident_bytes)
 
 
 def make_batch(plan: StepPlan, block_size: int) -> Batch:
