@@ -85,7 +85,7 @@ def inspect_checkpoint(
         active_parameters=active_parameters,
         file_bytes=stored_bytes(checkpoint, held),
         held_bytes=sum(held.values()),
-        active_bytes_per_token=_active_bytes(spec, held),
+        active_bytes_per_token=active_bytes(spec, held),
         kv_bytes_per_token=kv_bytes_per_token(spec, choice.held),
         memory_bytes=memory,
         memory_available=memory_available,
@@ -102,9 +102,9 @@ def stored_bytes(checkpoint: Checkpoint, names: Iterable[str]) -> int:
     return total
 
 
-def _active_bytes(spec: ModelSpec, held: dict[str, int]) -> int:
+def active_bytes(spec: ModelSpec, held: dict[str, int]) -> int:
     """What one token reads: the trunk, but one row of an untied embedding table, and the top-k's share of each layer's
-    experts, which are all of one size."""
+    experts, which are all of one size. held: as router.memory.held_bytes gives it."""
     total = sum(held[name] for name in trunk_tensors(spec))
     if not spec.tied_embeddings:
         total += held[EMBEDDING] // spec.vocab_size - held[EMBEDDING]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from barista.errors import InvalidRequest, RequestError
@@ -191,19 +192,24 @@ def make_batch(plan: StepPlan, block_size: int) -> Batch:
         if chunk.samples:
             sample_rows.append(len(token_ids) - 1)
     return Batch(
-        token_ids=torch.tensor(token_ids, dtype=torch.int32),
-        positions=torch.tensor(positions, dtype=torch.int32),
-        seq_ids=torch.tensor(seq_ids, dtype=torch.int32),
-        slots=torch.tensor(slots, dtype=torch.int32),
+        token_ids=_tensor(token_ids),
+        positions=_tensor(positions),
+        seq_ids=_tensor(seq_ids),
+        slots=_tensor(slots),
         block_tables=_block_tables(plan.chunks),
-        sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
+        sample_rows=_tensor(sample_rows, np.int64),
     )
 
 
 def _block_tables(chunks: tuple[ScheduledChunk, ...]) -> torch.Tensor:
     width = max(len(chunk.sequence.block_table) for chunk in chunks)
     rows = [chunk.sequence.block_table + [0] * (width - len(chunk.sequence.block_table)) for chunk in chunks]
-    return torch.tensor(rows, dtype=torch.int32)
+    return _tensor(rows)
+
+
+def _tensor(numbers: list[int] | list[list[int]], dtype: type[np.integer[Any]] = np.int32) -> torch.Tensor:
+    """By way of numpy, which takes a third of torch.tensor's time."""
+    return torch.from_numpy(np.array(numbers, dtype=dtype))
 
 
 def _token_event(sequence: Sequence, draw: Drawn) -> Token:
