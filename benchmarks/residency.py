@@ -4,7 +4,8 @@
 
 For each share of the experts' bytes: a prompt of 32 tokens for each sequence, then 32 steps of ids of one seed, first
 with none of the experts in the system's cache, then again in the same process with those that the limit kept. The last
-rows are without a limit. --greedy feeds each step its own most likely tokens instead.
+rows are without a limit. --greedy feeds each step its own most likely tokens instead. Before that, how fast 16 experts
+of a layer that are not in memory are read: page by page as they are touched, or all asked for first.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
+import statistics
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +27,13 @@ from barista.machine import usable_cores
 from benchmarks.engine import STEPS, Ids, Runner, prefill
 from experts import kernels
 from experts.checkpoint import Checkpoint, open_checkpoint
+from experts.expert_weights import ExpertReader
 from experts.formats import Holding, holding
+from experts.packed import convert
 from router.memory import held_bytes
 from router.model.families import model_spec
 from router.model.load import Model, load_model
-from router.model.packed import packed_experts
+from router.model.packed import expert_layers, packed_experts
 from router.model.tensors import expert_tensors
 
 CONTEXT = 32
@@ -39,6 +45,32 @@ def forget(checkpoint: Checkpoint, held: Holding) -> None:
     for file in part.sizes:
         with (part.folder / file).open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_speeds(path: Path, wanted: str) -> dict[str, float]:
+    """Bytes of experts a second, touched by two threads: eight experts at a time, twice; the median of five rounds."""
+    checkpoint = open_checkpoint(path)
+    held, spec = holding(checkpoint, wanted), model_spec(checkpoint.config)
+    packed = packed_experts(checkpoint, spec, held.format).over(checkpoint)
+    reader = ExpertReader(packed, getattr(torch, held.dtype))
+    layer, ffn = next(iter(expert_layers(spec).items()))
+    speeds: dict[str, list[float]] = {"page by page": [], "asked for first": []}
+    for seed in range(5):
+        chosen = random.Random(seed).sample(range(ffn.num_experts), 16)
+        for name, rounds in speeds.items():
+            for expert in range(ffn.num_experts):
+                reader.release(ffn, layer, expert)
+            started, nbytes = time.perf_counter(), 0
+            for experts in (chosen[:8], chosen[8:]):
+                if name == "asked for first":
+                    for expert in experts:
+                        reader.prefetch(ffn, layer, expert)
+                parts = [p for e in experts for w in reader.read(ffn, layer, e) for p in kernels.parts_of(w)]
+                with ThreadPoolExecutor(2) as threads:
+                    list(threads.map(lambda part: part.view(torch.uint8).max(), parts))
+                nbytes += sum(part.nbytes for part in parts)
+            rounds.append(nbytes / (time.perf_counter() - started))
+    return {name: statistics.median(rounds) for name, rounds in speeds.items()}
 
 
 def decode(model: Model, sequences: int, greedy: bool) -> dict[str, float]:
@@ -82,7 +114,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--format", default="int4")
+    parser.add_argument("--format", default="int4", help="one of few bits, whose experts are packed")
     parser.add_argument("--shares", default="0.25,0.5,1")
     parser.add_argument("--sequences", default="1,16")
     parser.add_argument("--threads", type=int, default=usable_cores())
@@ -92,10 +124,15 @@ def main() -> None:
     kernels.set_num_threads(args.threads)
     torch.set_num_threads(args.threads)
     shares, sequences = tuple(map(float, args.shares.split(","))), tuple(map(int, args.sequences.split(",")))
+    checkpoint = open_checkpoint(args.model)
+    convert.prepare(packed_experts(checkpoint, model_spec(checkpoint.config), holding(checkpoint, args.format).format))
+    speeds = read_speeds(args.model, args.format)
     rows = measure(args.model, args.format, shares, sequences, args.greedy)
     if args.json:
-        print(json.dumps(list(rows)))
+        print(json.dumps({"bytes_read_per_s": speeds, "decode": list(rows)}))
         return
+    for name, speed in speeds.items():
+        print(f"experts read {name}: {speed / 1e6:.0f} MB/s")
     for row in rows:
         share = "no limit" if row["share"] is None else f"{row['share']:.0%} in memory"
         hits = f", {row['hit_rate']:.0%} hits" if "hit_rate" in row else ""
