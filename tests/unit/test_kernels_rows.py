@@ -68,7 +68,7 @@ def test_experts_split_over_tables_give_the_bytes_of_moe(dtype, n, hidden, inter
         kernels.ExpertTable(
             {expert: experts[expert] for expert in range(8) if owner[expert] == worker},
             8,
-            dtype=dtype,
+            dtype=ROWS[dtype],
             hidden_size=hidden,
             intermediate_size=intermediate,
         )

@@ -45,8 +45,9 @@ struct Coding<Int8Tile<1>> {
     using Code = uint16_t;
     static constexpr int kCandidates = 4;
     static BK_INLINE f32v integer(f32v v) { return round_to_integer(v, -127.0f, 127.0f); }
-    static Code code(float largest, float, int candidate) {
-        return to_half(largest / (127.0f + 0.5f * static_cast<float>(candidate)));
+    static constexpr float kLargestScale = 1.0f / 127.0f;  // of the matrix's largest weight
+    static Code code(float largest, float matrix_scale, int candidate) {
+        return to_half(largest / matrix_scale / (127.0f + 0.5f * static_cast<float>(candidate)));
     }
     static BK_INLINE f32v value(const Code* codes) { return widen_half(load_raw<u16v>(codes)); }
 };
@@ -55,6 +56,7 @@ template <>
 struct Coding<Int4Tile> {
     using Code = uint8_t;
     static constexpr int kCandidates = 14;  // of either sign
+    static constexpr float kLargestScale = 1.0f / 8.0f * 1.25f / 1.875f;
     static BK_INLINE f32v integer(f32v v) { return round_to_integer(v, -8.0f, 7.0f); }
     // Neighbours of largest / 8, which is relative to the matrix's scale.
     static Code code(float largest, float matrix_scale, int candidate) {
@@ -114,7 +116,7 @@ void choose_scales(const TileValues& w, int begin, int end, float matrix_scale, 
             total = total + error * error;
         }
         for (int lane = 0; lane < kLanes; ++lane)
-            if (total[lane] < best[lane]) {
+            if (candidate == 0 || total[lane] < best[lane]) {
                 best[lane] = total[lane];
                 codes[lane] = tried[lane];
             }
@@ -171,20 +173,23 @@ void encode_tile(const A* from, int64_t out, int64_t in, int64_t row, int64_t co
     }
 }
 
-// The power of two that brings the largest scale of the matrix, largest / 8 and the candidates above it, below 1.875.
+// The power of two that brings the largest scale of the matrix below what its codes can be.
 template <class Tile, class A>
 float matrix_scale_of(const A* from, int64_t count) {
-    if (!std::is_same<Tile, Int4Tile>::value) return 1.0f;
-    f32v largest = {};
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const f32v v = load(from + i, count - i);
-        largest = max(max(v, -v), largest);
+    if constexpr (std::is_same<Tile, Mxfp4Tile>::value) {
+        return 1.0f;
+    } else {
+        f32v largest = {};
+        for (int64_t i = 0; i < count; i += kLanes) {
+            const f32v v = load(from + i, count - i);
+            largest = max(max(v, -v), largest);
+        }
+        const float top = max_lane(largest);
+        if (top == 0.0f) return 1.0f;
+        int exponent;
+        std::frexp(top * Coding<Tile>::kLargestScale, &exponent);
+        return std::ldexp(1.0f, exponent);
     }
-    const float top = max_lane(largest);
-    if (top == 0.0f) return 1.0f;
-    int exponent;
-    std::frexp(top / 8.0f * 1.25f / 1.875f, &exponent);
-    return std::ldexp(1.0f, exponent);
 }
 
 template <class Tile, class A>

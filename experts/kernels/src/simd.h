@@ -161,9 +161,21 @@ BK_INLINE f32x4 sum_each(f32v a, f32v b, f32v c, f32v d) {
 BK_INLINE float sum(f32v v) { return sum_each(v, v, v, v)[0]; }
 
 BK_INLINE float max_lane(f32v v) {
-    float best = v[0];
-    for (int i = 1; i < kLanes; ++i) best = v[i] > best ? v[i] : best;
-    return best;
+#if defined(__AVX512F__)
+    auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+    const auto other = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    half = half > other ? half : other;
+    f32x4 best = __builtin_shufflevector(half, half, 0, 1, 2, 3),
+          rest = __builtin_shufflevector(half, half, 4, 5, 6, 7);
+    best = best > rest ? best : rest;
+#elif defined(__AVX2__)
+    f32x4 best = __builtin_shufflevector(v, v, 0, 1, 2, 3), rest = __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    best = best > rest ? best : rest;
+#else
+    f32x4 best = v;
+#endif
+    const float a = best[0] > best[1] ? best[0] : best[1], b = best[2] > best[3] ? best[2] : best[3];
+    return a > b ? a : b;
 }
 
 // exp to about 1 ulp; 0 below -87.3, infinity above 88.7, NaN for NaN. Cody-Waite reduction by ln 2 and the

@@ -4,6 +4,15 @@
 namespace bk {
 namespace {
 
+// Hides a sum from GCC, which would reassociate the integer sums of an unrolled loop until they fit no registers.
+#if defined(__x86_64__)
+#define BK_PIN(vector) asm("" : "+x"(vector))
+#else
+#define BK_PIN(vector)
+#endif
+
+#define BK_KEEP_LOOP _Pragma("GCC unroll 2")
+
 // kTilePanel: rows that share the unpacking of a tile.
 #if defined(__AVX512F__)
 constexpr int kTilePanel = 8;
@@ -30,15 +39,17 @@ BK_INLINE Bytes look_up(__m128i table, Bytes i) { return _mm512_shuffle_epi8(_mm
 BK_INLINE Words even_bytes(Bytes w) { return _mm512_srai_epi16(_mm512_slli_epi16(w, 8), 8); }
 BK_INLINE Words odd_bytes(Bytes w) { return _mm512_srai_epi16(w, 8); }
 #if defined(__AVX512VNNI__)
-struct UnsignedSum {
-    __m512i sum = _mm512_setzero_si512();
+struct NibbleSum {
+    __m512i sum;
+    BK_INLINE void start(const int16_t* pair) { sum = _mm512_madd_epi16(splat_pair(pair), _mm512_set1_epi16(1)); }
     BK_INLINE void add(Bytes w, Bytes a) { sum = _mm512_dpbusd_epi32(sum, w, a); }
     BK_INLINE i32v total() const { return (i32v)sum; }
 };
 BK_INLINE i32v add_pairs(i32v sum, Words w, Words a) { return (i32v)_mm512_dpwssd_epi32((__m512i)sum, w, a); }
 #else
-struct UnsignedSum {
-    __m512i sum = _mm512_setzero_si512();
+struct NibbleSum {
+    __m512i sum;
+    BK_INLINE void start(const int16_t* pair) { sum = splat_pair(pair); }
     BK_INLINE void add(Bytes w, Bytes a) { sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(w, a)); }
     BK_INLINE i32v total() const { return (i32v)_mm512_madd_epi16(sum, _mm512_set1_epi16(1)); }
 };
@@ -55,9 +66,9 @@ BK_INLINE Bytes high_nibbles(Bytes w) { return low_nibbles(_mm256_srli_epi16(w, 
 BK_INLINE Bytes look_up(__m128i table, Bytes i) { return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), i); }
 BK_INLINE Words even_bytes(Bytes w) { return _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8); }
 BK_INLINE Words odd_bytes(Bytes w) { return _mm256_srai_epi16(w, 8); }
-// Sums of 16 bits: 8 products of 15 * 127 * 2, or 4 of 24 * 127 * 2, are the most that they hold.
-struct UnsignedSum {
-    __m256i sum = _mm256_setzero_si256();
+struct NibbleSum {
+    __m256i sum;
+    BK_INLINE void start(const int16_t* pair) { sum = splat_pair(pair); }
     BK_INLINE void add(Bytes w, Bytes a) { sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, a)); }
     BK_INLINE i32v total() const { return (i32v)_mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
 };
@@ -77,8 +88,9 @@ BK_INLINE Bytes low_nibbles(Bytes w) { return w & 0x0f0f0f0f; }
 BK_INLINE Bytes high_nibbles(Bytes w) { return low_nibbles(w >> 4); }
 BK_INLINE Words even_bytes(Bytes w) { return {byte_of(w, 0), byte_of(w, 2)}; }
 BK_INLINE Words odd_bytes(Bytes w) { return {byte_of(w, 1), byte_of(w, 3)}; }
-struct UnsignedSum {
-    i32v sum = {};
+struct NibbleSum {
+    i32v sum;
+    BK_INLINE void start(const int16_t* pair) { sum = splat_int(pair[0] + pair[1]); }
     BK_INLINE void add(Bytes w, Bytes a) {
         for (int i = 0; i < 4; ++i) sum = sum + byte_of(w, i) * byte_of(a, i);
     }
@@ -93,182 +105,222 @@ BK_INLINE Bytes look_up(const int8_t* table, Bytes i) {
 }
 #endif
 
+struct Bytes16 {
+    int8_t values[16];
+};
+
+constexpr Bytes16 unsigned_e2m1() {
+    Bytes16 table{};
+    for (int i = 0; i < 16; ++i) table.values[i] = static_cast<int8_t>(kE2M1[i] + kNibbleZero<Mxfp4Tile>);
+    return table;
+}
+
+template <class Tile>
+using PackedOf = RowGroup<typename RowInteger<Tile>::Type>;
+
 template <int Rows, class Integer>
 using Groups = const RowGroup<Integer>* const (&)[Rows];
 
-// sums[r][h] = what half h of a tile's inputs adds for row r and the output rows of one vector.
-template <int Rows, int Scales>
-BK_INLINE void integer_sums(const Int8Tile<Scales>& tile, int block, Groups<Rows, int16_t> x, i32v (&sums)[Rows][2]) {
-    BK_UNROLL
-    for (int half = 0; half < 2; ++half) {
-        BK_UNROLL
-        for (int r = 0; r < Rows; ++r) sums[r][half] = i32v{};
-        BK_UNROLL
-        for (int i = 8 * half; i < 8 * half + 8; ++i) {
-            const Bytes w = load_raw<Bytes>(tile.values[i][block * kLanes]);
-            const Words even = even_bytes(w), odd = odd_bytes(w);
-            BK_UNROLL
-            for (int r = 0; r < Rows; ++r) {
-                sums[r][half] = add_pairs(sums[r][half], even, splat_pair(x[r]->values + 4 * i));
-                sums[r][half] = add_pairs(sums[r][half], odd, splat_pair(x[r]->values + 4 * i + 2));
-            }
-        }
-    }
-}
+// What the inputs that share scale `Part` add, for each row and each vector of output rows.
+template <int Rows>
+using IntegerSums = i32v[kLaneBlocks][Rows];
 
-// widen: nibbles to unsigned bytes, of which `zero` is zero; kHeld of their products with activations can be added.
-template <int Rows, int kHeld, class Widen>
-BK_INLINE void nibble_sums(const uint8_t (&nibbles)[8][kTileRows][4], int block, Groups<Rows, int8_t> x,
-                           i32v (&sums)[Rows][2], int32_t zero, Widen&& widen) {
-    BK_UNROLL
-    for (int r = 0; r < Rows; ++r) {
-        sums[r][0] = -zero * x[r]->sums[0] - i32v{};
-        sums[r][1] = -zero * x[r]->sums[1] - i32v{};
-    }
-    BK_UNROLL
-    for (int start = 0; start < 8; start += kHeld) {
-        UnsignedSum low[Rows], high[Rows];
+template <int Part, int Rows, int Scales>
+BK_INLINE void integer_sums(const Int8Tile<Scales>& tile, Groups<Rows, int16_t> x, IntegerSums<Rows>& sums) {
+    constexpr int kRuns = kRunsOfFour / Scales;
+    i32v total[kLaneBlocks][Rows] = {};
+    BK_KEEP_LOOP
+    for (int i = Part * kRuns; i < (Part + 1) * kRuns; ++i) {
+        Words even[kLaneBlocks], odd[kLaneBlocks];
         BK_UNROLL
-        for (int i = start; i < start + kHeld; ++i) {
-            const Bytes w = load_raw<Bytes>(nibbles[i][block * kLanes]);
-            const Bytes w_low = widen(low_nibbles(w)), w_high = widen(high_nibbles(w));
-            BK_UNROLL
-            for (int r = 0; r < Rows; ++r) {
-                low[r].add(w_low, splat_four(x[r]->values + 4 * i));
-                high[r].add(w_high, splat_four(x[r]->values + 32 + 4 * i));
-            }
+        for (int block = 0; block < kLaneBlocks; ++block) {
+            const Bytes w = load_raw<Bytes>(tile.values[i][block * kLanes]);
+            even[block] = even_bytes(w);
+            odd[block] = odd_bytes(w);
         }
         BK_UNROLL
         for (int r = 0; r < Rows; ++r) {
-            sums[r][0] = sums[r][0] + low[r].total();
-            sums[r][1] = sums[r][1] + high[r].total();
+            const Words first = splat_pair(x[r]->values + 4 * i), second = splat_pair(x[r]->values + 4 * i + 2);
+            BK_UNROLL
+            for (int block = 0; block < kLaneBlocks; ++block) {
+                total[block][r] = add_pairs(total[block][r], even[block], first);
+                total[block][r] = add_pairs(total[block][r], odd[block], second);
+            }
         }
     }
+    BK_UNROLL
+    for (int block = 0; block < kLaneBlocks; ++block)
+        for (int r = 0; r < Rows; ++r) sums[block][r] = total[block][r];
 }
 
-template <int Rows, class Scale>
-BK_INLINE void integer_sums(const NibbleTile<Scale>& tile, int block, Groups<Rows, int8_t> x, i32v (&sums)[Rows][2]) {
-    nibble_sums<Rows, 8>(tile.nibbles, block, x, sums, 8, [](Bytes w) { return w; });
+// widen: nibbles to unsigned bytes. Sums start at the correction for their zero, so that 16 bits hold them all the way:
+// what has been added by then is a sum of true products, and what has not is small.
+template <int Part, int Rows, class Widen>
+BK_INLINE void nibble_sums(const uint8_t (&nibbles)[8][kTileRows][4], Groups<Rows, int8_t> x, IntegerSums<Rows>& sums,
+                           Widen&& widen) {
+    NibbleSum total[kLaneBlocks][Rows];
+    BK_UNROLL
+    for (int r = 0; r < Rows; ++r)
+        for (int block = 0; block < kLaneBlocks; ++block) total[block][r].start(x[r]->corrections[Part]);
+    BK_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        Bytes w[kLaneBlocks];
+        BK_UNROLL
+        for (int block = 0; block < kLaneBlocks; ++block) {
+            const Bytes both = load_raw<Bytes>(nibbles[i][block * kLanes]);
+            w[block] = widen(Part == 0 ? low_nibbles(both) : high_nibbles(both));
+        }
+        BK_UNROLL
+        for (int r = 0; r < Rows; ++r) {
+            const Bytes a = splat_four(x[r]->values + 32 * Part + 4 * i);
+            BK_UNROLL
+            for (int block = 0; block < kLaneBlocks; ++block) {
+                total[block][r].add(w[block], a);
+                BK_PIN(total[block][r].sum);
+            }
+        }
+    }
+    BK_UNROLL
+    for (int block = 0; block < kLaneBlocks; ++block)
+        for (int r = 0; r < Rows; ++r) sums[block][r] = total[block][r].total();
 }
 
-template <int Rows>
-BK_INLINE void integer_sums(const Mxfp4Tile& tile, int block, Groups<Rows, int8_t> x, i32v (&sums)[Rows][2]) {
-    constexpr int8_t zero = 12;
-    int8_t unsigned_values[16];
-    for (int i = 0; i < 16; ++i) unsigned_values[i] = static_cast<int8_t>(kE2M1[i] + zero);
+template <int Part, int Rows, class Scale>
+BK_INLINE void integer_sums(const NibbleTile<Scale>& tile, Groups<Rows, int8_t> x, IntegerSums<Rows>& sums) {
+    nibble_sums<Part, Rows>(tile.nibbles, x, sums, [](Bytes w) { return w; });
+}
+
+template <int Part, int Rows>
+BK_INLINE void integer_sums(const Mxfp4Tile& tile, Groups<Rows, int8_t> x, IntegerSums<Rows>& sums) {
+    alignas(16) static constexpr auto kUnsigned = unsigned_e2m1();
 #if defined(__AVX2__)
-    const __m128i table = load_raw<__m128i>(unsigned_values);
+    const __m128i table = load_raw<__m128i>(kUnsigned.values);
 #else
-    const int8_t* table = unsigned_values;
+    const int8_t* table = kUnsigned.values;
 #endif
-    nibble_sums<Rows, 4>(tile.nibbles, block, x, sums, zero, [&](Bytes w) { return look_up(table, w); });
+    nibble_sums<Part, Rows>(tile.nibbles, x, sums, [&](Bytes w) { return look_up(table, w); });
+}
+
+template <int Part, class Tile, int Rows>
+BK_INLINE void add_part(const Tile& tile, Groups<Rows, typename RowInteger<Tile>::Type> x,
+                        f32v (&acc)[kLaneBlocks][Rows]) {
+    i32v sums[kLaneBlocks][Rows];
+    integer_sums<Part, Rows>(tile, x, sums);
+    BK_UNROLL
+    for (int block = 0; block < kLaneBlocks; ++block) {
+        const f32v scale = scales_of(tile, block, Part);
+        BK_UNROLL
+        for (int r = 0; r < Rows; ++r)
+            acc[block][r] =
+                fma(__builtin_convertvector(sums[block][r], f32v), scale * x[r]->scales[Part], acc[block][r]);
+    }
 }
 
 template <class Tile, int Rows>
 BK_INLINE void add_tile(const Tile& tile, Groups<Rows, typename RowInteger<Tile>::Type> x,
                         f32v (&acc)[kLaneBlocks][Rows]) {
-    BK_UNROLL
-    for (int block = 0; block < kLaneBlocks; ++block) {
-        i32v sums[Rows][2];
-        integer_sums<Rows>(tile, block, x, sums);
-        const f32v scale = scales_of(tile, block, 0);
-        const f32v second = Tile::kScales == 2 ? scales_of(tile, block, Tile::kScales - 1) : scale;
-        BK_UNROLL
-        for (int r = 0; r < Rows; ++r) {
-            if constexpr (Tile::kScales == 1) {
-                const f32v total = __builtin_convertvector(sums[r][0] + sums[r][1], f32v);
-                acc[block][r] = fma(total, scale * x[r]->scales[0], acc[block][r]);
-            } else {
-                const f32v first = __builtin_convertvector(sums[r][0], f32v);
-                acc[block][r] = fma(first, scale * x[r]->scales[0], acc[block][r]);
-                const f32v last = __builtin_convertvector(sums[r][1], f32v);
-                acc[block][r] = fma(last, second * x[r]->scales[1], acc[block][r]);
-            }
-        }
-    }
+    add_part<0, Tile, Rows>(tile, x, acc);
+    if constexpr (Tile::kScales == 2) add_part<1, Tile, Rows>(tile, x, acc);
 }
 
-// ahead: tiles from the one that is multiplied to the one that is fetched.
+// Adds num_tiles tiles of a strip to the sums in `out`, or starts them. ahead: tiles from the one that is multiplied to
+// the one that is fetched.
 template <class Tile, int Rows>
-void multiply_strip(const RowGroup<typename RowInteger<Tile>::Type>* const* x, const Tile* tiles, int64_t num_tiles,
-                    int64_t ahead, float matrix_scale, float* out, int64_t out_stride) {
+void multiply_strip(const PackedOf<Tile>* const* x, const Tile* tiles, int64_t num_tiles, bool start, int64_t ahead,
+                    float* out, int64_t out_stride) {
     f32v acc[kLaneBlocks][Rows] = {};
+    for (int r = 0; !start && r < Rows; ++r)
+        for (int block = 0; block < kLaneBlocks; ++block) acc[block][r] = load(out + r * out_stride + block * kLanes);
     for (int64_t t = 0; t < num_tiles; ++t) {
         const char* next = reinterpret_cast<const char*>(tiles + t + ahead);
         for (size_t line = 0; line < sizeof(Tile); line += 64) __builtin_prefetch(next + line);
-        const RowGroup<typename RowInteger<Tile>::Type>* groups[Rows];
+        const PackedOf<Tile>* groups[Rows];
         for (int r = 0; r < Rows; ++r) groups[r] = x[r] + t;
         add_tile<Tile, Rows>(tiles[t], groups, acc);
     }
     for (int r = 0; r < Rows; ++r)
-        for (int block = 0; block < kLaneBlocks; ++block)
-            store(out + r * out_stride + block * kLanes, acc[block][r] * matrix_scale);
+        for (int block = 0; block < kLaneBlocks; ++block) store(out + r * out_stride + block * kLanes, acc[block][r]);
 }
 
+// A strip is taken in parts that stay in the first-level cache while rows stream past.
 template <class Tile>
-void multiply_tiles(const RowGroup<typename RowInteger<Tile>::Type>* const* x, int64_t num_rows, const Tile* tiles,
-                    int64_t num_tiles, int64_t num_strips, float matrix_scale, float* out, int64_t out_stride) {
+void multiply_tiles(const PackedOf<Tile>* const* x, int64_t num_rows, const Tile* tiles, int64_t num_tiles,
+                    int64_t num_strips, float matrix_scale, float* out, int64_t out_stride) {
     constexpr int64_t kAhead = 4096 / static_cast<int64_t>(sizeof(Tile)) + 1;
-    for (int64_t strip = 0; strip < num_strips; ++strip, tiles += num_tiles, out += kTileRows)
-        for_each_panel<kTilePanel>(num_rows, [&](int64_t begin, int64_t count) {
-            with_panel_rows<kTilePanel>(count, [&](auto rows) {
-                multiply_strip<Tile, decltype(rows)::value>(x + begin, tiles, num_tiles, begin == 0 ? kAhead : 0,
-                                                            matrix_scale, out + begin * out_stride, out_stride);
+    const int64_t part = num_rows > kTilePanel ? 8192 / static_cast<int64_t>(sizeof(Tile)) : num_tiles;
+    for (int64_t strip = 0; strip < num_strips; ++strip, tiles += num_tiles, out += kTileRows) {
+        for (int64_t first = 0; first < num_tiles; first += part) {
+            const int64_t count = num_tiles - first < part ? num_tiles - first : part;
+            for_each_panel<kTilePanel>(num_rows, [&](int64_t begin, int64_t panel) {
+                const PackedOf<Tile>* rows_from[kTilePanel];
+                for (int64_t r = 0; r < panel; ++r) rows_from[r] = x[begin + r] + first;
+                with_panel_rows<kTilePanel>(panel, [&](auto rows) {
+                    multiply_strip<Tile, decltype(rows)::value>(rows_from, tiles + first, count, first == 0,
+                                                                begin == 0 ? kAhead : 0, out + begin * out_stride,
+                                                                out_stride);
+                });
             });
-        });
+        }
+        if (matrix_scale == 1.0f) continue;
+        for (int64_t r = 0; r < num_rows; ++r)
+            for (int64_t i = 0; i < kTileRows; i += kLanes)
+                store(out + r * out_stride + i, load(out + r * out_stride + i) * matrix_scale);
+    }
 }
 
 }  // namespace
 
-// Rounds count <= 64 values to integers of at most `most`; returns what they were divided by, NaN if one of them is not
-// finite, and writes their sum.
-template <class A>
-float quantise(const A* from, int64_t count, float most, int32_t* integers, int32_t* sum_of_integers) {
-    f32v largest = {}, poison = {};
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const f32v v = load(from + i);
-        largest = max(max(v, -v), largest);
-        poison = poison + v * 0.0f;
+typedef int8_t i8v __attribute__((vector_size(kLanes)));
+typedef int16_t i16v __attribute__((vector_size(kLanes * 2)));
+
+// Rounds Count values to integers of at most `most`. Returns what they were divided by: NaN if one of them is not
+// finite.
+template <int Count, class A>
+BK_INLINE float quantise(const A* from, float most, i32v (&integers)[Count / kLanes]) {
+    f32v values[Count / kLanes], largest = {}, poison = {};
+    for (int i = 0; i < Count / kLanes; ++i) {
+        values[i] = load(from + i * kLanes);
+        largest = max(max(values[i], -values[i]), largest);
+        poison = poison + values[i] * 0.0f;
     }
     const float top = max_lane(largest);
     const f32v inverse = splat(top > 0 ? most / top : 0.0f);
     const f32v shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    i32v total = {};
-    for (int64_t i = 0; i < count; i += kLanes) {
-        const i32v v = (i32v)(load(from + i) * inverse + shift) - 0x4b400000;
-        total = total + v;
-        std::memcpy(integers + i, &v, sizeof v);
-    }
-    *sum_of_integers = 0;
-    for (int lane = 0; lane < kLanes; ++lane) *sum_of_integers += total[lane];
+    for (int i = 0; i < Count / kLanes; ++i) integers[i] = (i32v)(values[i] * inverse + shift) - 0x4b400000;
     return top / most + sum(poison);
 }
 
 template <class A>
-void pack_group(RowGroup<int8_t>* to, const A* from) {
-    constexpr int64_t kHalf = kTileInputs / 2;
-    int32_t integers[kTileInputs];
-    for (int half = 0; half < 2; ++half)
-        to->scales[half] = quantise(from + half * kHalf, kHalf, 127.0f, integers + half * kHalf, &to->sums[half]);
-    for (int64_t i = 0; i < kTileInputs; ++i) to->values[i] = static_cast<int8_t>(integers[i]);
+void pack_group(RowGroup<int8_t>* to, const A* from, int32_t zero) {
+    constexpr int kHalf = static_cast<int>(kTileInputs) / 2;
+    for (int half = 0; half < 2; ++half) {
+        i32v integers[kHalf / kLanes], total = {};
+        to->scales[half] = quantise<kHalf>(from + half * kHalf, 127.0f, integers);
+        for (int i = 0; i < kHalf / kLanes; ++i) {
+            const i8v bytes = __builtin_convertvector(integers[i], i8v);
+            std::memcpy(to->values + half * kHalf + i * kLanes, &bytes, sizeof bytes);
+            total = total + integers[i];
+        }
+        int32_t sums[2] = {};
+        for (int lane = 0; lane < kLanes; ++lane) sums[lane / 2 % 2] += total[lane];
+        for (int i = 0; i < 2; ++i) to->corrections[half][i] = static_cast<int16_t>(-zero * sums[i]);
+    }
 }
 
 template <class A>
-void pack_group(RowGroup<int16_t>* to, const A* from) {
-    int32_t integers[kTileInputs];
-    to->scales[0] = to->scales[1] = quantise(from, kTileInputs, 32767.0f, integers, &to->sums[0]);
-    to->sums[1] = 0;
-    for (int64_t i = 0; i < kTileInputs; i += 4) {
-        to->values[i] = static_cast<int16_t>(integers[i]);
-        to->values[i + 1] = static_cast<int16_t>(integers[i + 2]);
-        to->values[i + 2] = static_cast<int16_t>(integers[i + 1]);
-        to->values[i + 3] = static_cast<int16_t>(integers[i + 3]);
+void pack_group(RowGroup<int16_t>* to, const A* from, int32_t) {
+    i32v integers[kTileInputs / kLanes];
+    to->scales[0] = to->scales[1] = quantise<kTileInputs>(from, 32767.0f, integers);
+    for (int i = 0; i < kTileInputs / kLanes; ++i) {
+        const i32v in_order = BK_SHUFFLE(integers[i], integers[i], 0, 2, 1, 3);
+        const i16v words = __builtin_convertvector(in_order, i16v);
+        std::memcpy(to->values + i * kLanes, &words, sizeof words);
     }
 }
 
 template <class Tile, class A>
 void Dot<Tiled<Tile, A>>::pack(Packed* to, const A* from, int64_t) {
-    pack_group(to, from);
+    pack_group(to, from, kNibbleZero<Tile>);
 }
 
 template <class Tile, class A>

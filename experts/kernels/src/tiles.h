@@ -63,13 +63,20 @@ struct RowInteger<Int8Tile<Scales>> {
     using Type = int16_t;
 };
 
-// 64 activations: integers and, for each half, what they were divided by and their sum. Integers of 16 bits have one
-// scale for both halves, and within every four the order 0, 2, 1, 3, in which widened bytes come.
+// What is added to a nibble's integer to make it unsigned.
+template <class Tile>
+constexpr int32_t kNibbleZero = 8;
+template <>
+inline constexpr int32_t kNibbleZero<Mxfp4Tile> = 12;
+
+// 64 activations: integers and, for each half, what they were divided by. Integers of 8 bits have what corrects a sum
+// of unsigned products, -kNibbleZero times the sum of those at 0 and 1, and at 2 and 3, of every four. Integers of 16
+// bits have one scale for both halves, and within every four the order 0, 2, 1, 3, in which widened bytes come.
 template <class Integer>
 struct RowGroup {
     Integer values[kTileInputs];
     float scales[2];
-    int32_t sums[2];
+    int16_t corrections[2][2];
 };
 
 // Weights in tiles beside rows of A. `in` must be a multiple of 64.

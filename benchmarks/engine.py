@@ -1,0 +1,202 @@
+"""The engine alone, without server or sampler: tokens a second of a checkpoint in a format, and the bytes it reads.
+
+    python -m benchmarks.engine --model DIR [--format int4] [--context 32] [--greedy] [--rounds 3] [--json]
+
+A prompt of 32 tokens for each of 1, 4 and 16 sequences, three steps to warm up, then 32 steps; and one prompt of 512.
+Ids are those of one seed, so that every format touches the same experts; with --greedy each step decodes its own.
+bytes_per_step: what a step must read as it is stored, scales included: the trunk but one embedding row a token, the KV
+cache so far, and the distinct experts that the step was routed to. read_bandwidth: measured before and after, the mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from barista.machine import usable_cores
+from benchmarks.bandwidth import read_bandwidth
+from benchmarks.ids import CONTEXT, PREFILL, SEQUENCES, STEPS, WARM_UP, Ids
+from experts import kernels
+from experts.checkpoint import open_checkpoint
+from experts.formats import Holding, holding
+from router.kv_cache.storage import allocate_cache
+from router.memory import held_bytes
+from router.model.batch import Batch
+from router.model.load import Model, load_model
+from router.model.spec import MoESpec
+from router.model.tensors import trunk_tensors
+
+BLOCK_SIZE = 16
+EMBEDDING = "model.embed_tokens.weight"
+
+
+class Runner:
+    """A loaded model and a cache for `sequences` sequences of `max_len` tokens."""
+
+    def __init__(self, model: Model, sequences: int, max_len: int) -> None:
+        self.model = model
+        self.blocks = -(-max_len // BLOCK_SIZE)
+        self.cache = allocate_cache(model.spec, sequences * self.blocks, BLOCK_SIZE, model.dtype)
+        self.length = 0
+
+    @torch.inference_mode()
+    def step(self, ids: list[list[int]]) -> torch.Tensor:
+        """The next tokens of every sequence, equally many. Returns logits [sequences, vocab] of the last of each."""
+        sequences, count = len(ids), len(ids[0])
+        positions = torch.arange(self.length, self.length + count, dtype=torch.int32)
+        starts = torch.arange(sequences, dtype=torch.int32)[:, None] * self.blocks * BLOCK_SIZE
+        batch = Batch(
+            token_ids=torch.tensor(ids, dtype=torch.int32).flatten(),
+            positions=positions.repeat(sequences),
+            seq_ids=torch.arange(sequences, dtype=torch.int32).repeat_interleave(count),
+            slots=(starts + positions).flatten(),
+            block_tables=torch.arange(sequences * self.blocks, dtype=torch.int32).view(sequences, self.blocks),
+            sample_rows=torch.arange(sequences) * count + count - 1,
+        )
+        logits, failed = self.model.trunk.forward(batch, self.cache, 0)
+        assert not failed.any()
+        self.length += count
+        return logits
+
+
+class Routed:
+    """Notes which experts a model's layers are asked for."""
+
+    def __init__(self, model: Model) -> None:
+        self.experts: set[tuple[int, int]] = set()
+        if model.pool is not None:
+            self._begin = model.pool.begin
+            model.pool.begin = self._noted  # type: ignore[method-assign]
+
+    def _noted(self, step: int, layer: int, hidden_states: Any, topk_ids: torch.Tensor, topk_weights: Any) -> Any:
+        self.experts.update((layer, expert) for expert in topk_ids.unique().tolist())
+        return self._begin(step, layer, hidden_states, topk_ids, topk_weights)
+
+
+def decode_speed(model: Model, sequences: int, context: int, greedy: bool) -> float:
+    """Tokens a second."""
+    ids = Ids(model.spec.vocab_size)
+    runner = Runner(model, sequences, context + WARM_UP + STEPS)
+    logits = prefill(runner, ids, sequences, context)
+    seconds = 0.0
+    for step in range(WARM_UP + STEPS):
+        chosen = logits.argmax(-1)[:, None].tolist() if greedy else ids.draw(sequences)
+        started = time.perf_counter()
+        logits = runner.step(chosen)
+        seconds += (time.perf_counter() - started) * (step >= WARM_UP)
+    return sequences * STEPS / seconds
+
+
+def prefill(runner: Runner, ids: Ids, sequences: int, context: int) -> torch.Tensor:
+    """Fill every sequence's context, at most 512 tokens a step; logits of the last."""
+    logits = torch.empty(0)
+    while runner.length < context:
+        logits = runner.step(ids.draw(sequences, min(max(1, PREFILL // sequences), context - runner.length)))
+    return logits
+
+
+def prefill_speed(model: Model) -> float:
+    """Tokens a second of one prompt of 512 tokens."""
+    ids = Ids(model.spec.vocab_size).draw(1, PREFILL)
+    runner = Runner(model, 1, PREFILL)
+    started = time.perf_counter()
+    runner.step(ids)
+    return PREFILL / (time.perf_counter() - started)
+
+
+def bytes_per_step(model: Model, path: Path, held: Holding, sequences: int, context: int) -> int:
+    """What a decode step in the middle of the run must read, the mean over the steps."""
+    checkpoint = open_checkpoint(path)
+    held_by_name = held_bytes(checkpoint, model.spec, held)
+    trunk = sum(held_by_name[name] for name in trunk_tensors(model.spec))
+    if not model.spec.tied_embeddings:
+        trunk -= held_by_name[EMBEDDING] - sequences * held_by_name[EMBEDDING] // model.spec.vocab_size
+    of_expert = {
+        index: sum(held_by_name[name] for name in layer.experts.tensors(index, 0))
+        for index, layer in enumerate(model.spec.layers)
+        if isinstance(layer, MoESpec)
+    }
+    per_token = model.spec.kv_values_per_token * model.dtype.itemsize
+    ids = Ids(model.spec.vocab_size)
+    runner = Runner(model, sequences, context + STEPS)
+    prefill(runner, ids, sequences, context)
+    routed, total = Routed(model), 0
+    for _ in range(STEPS):
+        routed.experts.clear()
+        runner.step(ids.draw(sequences))
+        total += sum(of_expert[layer] for layer, _ in routed.experts) + sequences * runner.length * per_token
+    if model.pool is not None:
+        del model.pool.begin  # the class's own again
+    return trunk + total // STEPS
+
+
+def measure(
+    path: Path, wanted: str, threads: int, sequences: tuple[int, ...], context: int, rounds: int, greedy: bool
+) -> dict[str, Any]:
+    """Medians of the rounds, as the module says."""
+    kernels.set_num_threads(threads)
+    torch.set_num_threads(threads)
+    checkpoint = open_checkpoint(path)
+    held = holding(checkpoint, wanted)
+    before = read_bandwidth(threads)
+    started = time.perf_counter()
+    model = load_model(
+        checkpoint, getattr(torch, held.dtype), weight_format=held.format, max_len=context + PREFILL + 64
+    )
+    ready = time.perf_counter() - started
+    decode_speed(model, 1, 1, greedy)  # maps and touches what every step needs
+    runs: dict[int, list[float]] = {count: [] for count in sequences}
+    prompts = []
+    for _ in range(rounds):
+        for count in sequences:
+            runs[count].append(decode_speed(model, count, context, greedy))
+        prompts.append(prefill_speed(model))
+    return {
+        "model": str(path),
+        "format": held.name,
+        "threads": threads,
+        "context": context,
+        "load_seconds": round(ready, 2),
+        "decode": {str(count): statistics.median(speeds) for count, speeds in runs.items()},
+        "prefill_512": statistics.median(prompts),
+        "bytes_per_step": {str(count): bytes_per_step(model, path, held, count, context) for count in sequences},
+        "read_bandwidth": (before + read_bandwidth(threads)) / 2,
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--format", default="auto")
+    parser.add_argument("--sequences", default=",".join(map(str, SEQUENCES)))
+    parser.add_argument("--context", type=int, default=CONTEXT, help="tokens in each sequence before the first step")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--greedy", action="store_true", help="feed each step its own most likely tokens")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    sequences = tuple(map(int, args.sequences.split(",")))
+    result = measure(args.model, args.format, args.threads, sequences, args.context, args.rounds, args.greedy)
+    if args.json:
+        print(json.dumps(result))
+        return
+    bandwidth = result["read_bandwidth"]
+    print(f"{result['format']}, {result['threads']} threads, memory read at {bandwidth / 1e9:.1f} GB/s")
+    for count, speed in result["decode"].items():
+        size = result["bytes_per_step"][count]
+        share = speed / int(count) * size / bandwidth
+        print(
+            f"decode {count:>3}: {speed:7.1f} tokens/s  {size / 1e6:8.1f} MB a step, {share:.0%} of the memory's limit"
+        )
+    print(f"prefill 512: {result['prefill_512']:.1f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()
