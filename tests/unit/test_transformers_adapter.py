@@ -14,6 +14,7 @@ from barista.errors import BaristaError, CheckpointError, ConfigError
 from experts.adapters.transformers import PooledExperts, RowsFailed, connect, load_without_experts
 from experts.adapters.transformers_model import expert_model
 from experts.checkpoint import open_checkpoint
+from experts.formats import Holding
 from experts.pool import DispatchBatch, ExpertPool
 from router.model.expert_model import expert_model as routers_expert_model
 from router.model.load import load_model
@@ -72,7 +73,7 @@ def test_bfloat16_rows_stay_bfloat16(tmp_path):
 def test_the_pool_is_told_of_the_same_experts_as_by_the_router(family, tmp_path):
     model = make(family, tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    assert expert_model(model, checkpoint) == routers_expert_model(checkpoint, "float32")
+    assert expert_model(model, checkpoint) == routers_expert_model(checkpoint, Holding("float32"))
 
 
 def test_after_close_the_model_is_as_before(tmp_path):
