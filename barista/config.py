@@ -65,6 +65,12 @@ class ServeConfig:
     worker_memory: int | None = option(
         None, "Bytes of experts that each worker may hold.", shown="its share of the free memory", minimum=1
     )
+    expert_memory: int | None = option(
+        None,
+        "Bytes of experts that the engine keeps in memory; the others are read from the disk as they are needed.",
+        shown="all experts",
+        minimum=1,
+    )
     transport: str = option("auto", "Wire between engine and workers.", choices=("auto", "shm", "grpc"))
     tls_dir: Path | None = option(None, "Folder of ca.pem, cert.pem and key.pem for mutual TLS.", shown="no TLS")
     format: str = option(
@@ -130,6 +136,11 @@ class ServeConfig:
                     f"{entry.name} is {value}, but there are no workers: the experts are in the engine.",
                     f"Give --workers N or --pool NAME with it, or leave {entry.name} out.",
                 )
+        if self.expert_memory is not None and self.has_pool:
+            raise ConfigError(
+                f"expert_memory is {self.expert_memory}, but the experts are on workers.",
+                "Give --worker-memory, which limits each worker, or leave --workers and --pool out.",
+            )
 
     def _check_traces(self) -> None:
         if self.trace_ratio > 1:

@@ -73,6 +73,17 @@ class PoolStats(Protocol):
     def links(self) -> Sequence[LinkStats]: ...
 
 
+class ExpertCacheStats(Protocol):
+    """The experts in memory where only some of them are (router.messages.ExpertCacheStats)."""
+
+    @property
+    def queries(self) -> int: ...
+    @property
+    def hits(self) -> int: ...
+    @property
+    def resident_bytes(self) -> int: ...
+
+
 class EngineStats(Protocol):
     """What the engine tells of itself (router.messages.Stats). Counters count from its start."""
 
@@ -100,6 +111,8 @@ class EngineStats(Protocol):
     def expert_tokens(self) -> tuple[tuple[int, ...], ...]: ...
     @property
     def pool(self) -> PoolStats | None: ...
+    @property
+    def expert_cache(self) -> ExpertCacheStats | None: ...
 
 
 class RequestTimer:
@@ -191,6 +204,8 @@ class EngineCollector(Collector):
         if self.stats is not None:
             yield from _engine_metrics(self.stats)
             yield from _expert_metrics(self.stats.expert_tokens)
+            if self.stats.expert_cache is not None:
+                yield from _expert_cache_metrics(self.stats.expert_cache)
             yield from _placement_metrics(self.stats.pool)
             if self.stats.pool is not None:
                 yield from _pool_metrics(self.stats.pool, self.moves)
@@ -226,6 +241,12 @@ def _expert_metrics(expert_tokens: Sequence[Sequence[int]]) -> Iterator[Metric]:
             imbalance.add_metric((str(layer),), load_imbalance(counts))
     yield tokens
     yield imbalance
+
+
+def _expert_cache_metrics(experts: ExpertCacheStats) -> Iterator[Metric]:
+    yield _counter("expert_cache_queries", "Experts that layers asked for, each once a step.", experts.queries)
+    yield _counter("expert_cache_hits", "Those that were in memory; the others were read.", experts.hits)
+    yield _gauge("expert_cache_bytes", "Experts in memory, in bytes.", experts.resident_bytes)
 
 
 def _placement_metrics(pool: PoolStats | None) -> Iterator[Metric]:

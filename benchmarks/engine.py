@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 
 from barista.machine import usable_cores
 from benchmarks.bandwidth import read_bandwidth
+from benchmarks.ids import CONTEXT, PREFILL, SEQUENCES, STEPS, WARM_UP, Ids
 from experts import kernels
 from experts.checkpoint import open_checkpoint
 from experts.formats import Holding, holding
@@ -32,8 +32,6 @@ from router.model.load import Model, load_model
 from router.model.spec import MoESpec
 from router.model.tensors import trunk_tensors
 
-SEQUENCES = (1, 4, 16)
-STEPS, WARM_UP, PREFILL = 32, 3, 512
 BLOCK_SIZE = 16
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -79,17 +77,6 @@ class Routed:
     def _noted(self, step: int, layer: int, hidden_states: Any, topk_ids: torch.Tensor, topk_weights: Any) -> Any:
         self.experts.update((layer, expert) for expert in topk_ids.unique().tolist())
         return self._begin(step, layer, hidden_states, topk_ids, topk_weights)
-
-
-class Ids:
-    """Token ids of one seed, the same for every run."""
-
-    def __init__(self, vocab: int) -> None:
-        self._random, self._vocab = random.Random(0), vocab
-
-    def draw(self, sequences: int, count: int = 1) -> list[list[int]]:
-        """[sequences][count]"""
-        return [[self._random.randrange(10, min(40000, self._vocab)) for _ in range(count)] for _ in range(sequences)]
 
 
 def decode_speed(model: Model, sequences: int, context: int, greedy: bool) -> float:
@@ -189,7 +176,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--format", default="auto")
     parser.add_argument("--sequences", default=",".join(map(str, SEQUENCES)))
-    parser.add_argument("--context", type=int, default=32, help="tokens in each sequence before the first step")
+    parser.add_argument("--context", type=int, default=CONTEXT, help="tokens in each sequence before the first step")
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--greedy", action="store_true", help="feed each step its own most likely tokens")

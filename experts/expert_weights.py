@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from experts.checkpoint import Checkpoint, TensorInfo
+from experts.checkpoint.names import SCALE_SUFFIX
 from experts.formats import held_dtype_of
 from experts.kernels.expert_table import ExpertWeights
 from experts.kernels.weight import Weight
+from experts.pages import Span, give_back, read_ahead, spans_of
 from experts.spec import FFNSpec
 from experts.weights import WeightReader
 
@@ -38,12 +38,19 @@ class ExpertReader:
 
     def prefetch(self, spec: FFNSpec, layer: int, expert: int) -> None:
         """Have the system read an expert's bytes into its cache, where it can, without waiting for them."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for name in spec.tensors(layer, expert):
-            info = self._checkpoint.tensors[name]
-            with info.file.open("rb") as stream:
-                os.posix_fadvise(stream.fileno(), info.offset, info.nbytes, os.POSIX_FADV_WILLNEED)
+        for span in self._spans(spec, layer, expert):
+            read_ahead(self._reader.map(span.file), span)
+
+    def release(self, spec: FFNSpec, layer: int, expert: int) -> None:
+        """Give back the memory of a mapped expert. It stays valid, and is read again when it is used."""
+        for span in self._spans(spec, layer, expert):
+            give_back(self._reader.map(span.file), span)
+
+    def _spans(self, spec: FFNSpec, layer: int, expert: int) -> tuple[Span, ...]:
+        """Where an expert lies, with its scales where those are apart."""
+        tensors = self._checkpoint.tensors
+        names = [name + suffix for name in spec.tensors(layer, expert) for suffix in ("", SCALE_SUFFIX)]
+        return spans_of(tensors[name] for name in names if name in tensors)
 
     def _get(self, name: str, shape: tuple[int, int]) -> Weight:
         info = self._checkpoint.tensors.get(name)

@@ -66,6 +66,8 @@ class ExpertPool:
         self._num_experts = num_experts
         self._routed: list[tuple[int, torch.Tensor]] = []
         self._expert_tokens = torch.zeros(num_layers, num_experts, dtype=torch.int64)
+        self._counted_layers: tuple[int, ...] = ()
+        self._offsets = torch.empty(0)
 
     def begin(
         self,
@@ -107,8 +109,11 @@ class ExpertPool:
         """Fold the step's choices into the counters: once a step, not once a layer, because small calls add up."""
         if not self._routed:
             return
-        ids = torch.stack([topk_ids for _, topk_ids in self._routed])
-        offsets = torch.tensor([layer for layer, _ in self._routed]) * self._num_experts
-        counts = torch.bincount((ids + offsets[:, None, None]).flatten(), minlength=self._expert_tokens.numel())
+        layers = tuple(layer for layer, _ in self._routed)
+        if layers != self._counted_layers:
+            self._counted_layers = layers
+            self._offsets = torch.tensor(layers).view(-1, 1, 1) * self._num_experts
+        ids = torch.stack([topk_ids for _, topk_ids in self._routed]) + self._offsets
+        counts = torch.bincount(ids.flatten(), minlength=self._expert_tokens.numel())
         self._expert_tokens += counts.view_as(self._expert_tokens)
         self._routed.clear()

@@ -15,6 +15,7 @@ from barista.errors import ConfigError
 from barista.trust import Trust
 from experts.attach import Hello, WorkerClient, attach
 from experts.expert_model import ExpertModel
+from experts.formats import PLAIN
 from experts.group import WorkerGroup
 from experts.link import Link
 from experts.on_demand import OnDemandLoader
@@ -29,6 +30,8 @@ ACKNOWLEDGE_SECONDS = 0.02
 # How long the start waits for a pool that says that it cannot cover all experts, and for one that only stands still.
 PROBLEM_SECONDS = 5.0
 STANDSTILL_SECONDS = 120.0
+# How long it waits for the first expert where the workers may have to pack theirs: a file for each layer, unreported.
+PACKING_SECONDS = 3600.0
 
 Progress = Callable[[float, str], None]
 
@@ -82,7 +85,8 @@ class RemotePool:
             self._require_our_model(view)
             if view is not None and view.coverage != coverage:
                 coverage, since = view.coverage, time.monotonic()
-            if time.monotonic() - since > patience(view):
+            packing = self._model.format != PLAIN and coverage <= 0
+            if time.monotonic() - since > patience(view, packing=packing):
                 raise self._standstill(view)
             on_progress(0.9 * max(coverage, 0.0), self._progress(view))
             self.roster.wait_changed(0.2)
@@ -153,7 +157,11 @@ class RemotePool:
         return WorkerClient(member.view.address, self._trust)
 
 
-def patience(view: PoolView | None) -> float:
-    """Seconds that a start waits for the next progress: less once all workers have settled and it is not enough."""
-    stuck = view is not None and view.problem and not view.settling
-    return PROBLEM_SECONDS if stuck else STANDSTILL_SECONDS
+def patience(view: PoolView | None, *, packing: bool = False) -> float:
+    """Seconds that a start waits for the next progress: less once all workers have settled and it is not enough.
+
+    packing: the workers may be making their packed cache.
+    """
+    if view is not None and view.problem and not view.settling:
+        return PROBLEM_SECONDS
+    return PACKING_SECONDS if packing else STANDSTILL_SECONDS

@@ -104,11 +104,11 @@ class WeightReader:
 
     def _raw(self, info: TensorInfo) -> torch.Tensor:
         """The tensor's bytes in the file, uint8."""
-        return torch.frombuffer(self._map(info.file), dtype=torch.uint8, count=info.nbytes, offset=info.offset)
+        return torch.frombuffer(self.map(info.file), dtype=torch.uint8, count=info.nbytes, offset=info.offset)
 
     def _dequantise_ggml(self, info: TensorInfo) -> torch.Tensor:
         """float32, in the shape of info."""
-        raw = np.frombuffer(self._map(info.file), dtype=np.uint8, count=info.nbytes, offset=info.offset)
+        raw = np.frombuffer(self.map(info.file), dtype=np.uint8, count=info.nbytes, offset=info.offset)
         rows = raw.reshape(*info.shape[:-1], -1)
         try:
             values = gguf.dequantize(rows, gguf.GGMLQuantizationType[info.dtype])
@@ -133,7 +133,8 @@ class WeightReader:
             scales = scales.view(torch.float8_e8m0fnu)
         return scales.to(torch.float32)
 
-    def _map(self, file: Path) -> mmap.mmap:
+    def map(self, file: Path) -> mmap.mmap:
+        """The mapping of a file, which every tensor that is a view of it shares."""
         if file not in self._maps:
             with file.open("rb") as stream:
                 self._maps[file] = mmap.mmap(

@@ -66,7 +66,8 @@ def format_choice(config: ServeConfig, path: Path) -> FormatChoice:
     checkpoint = open_checkpoint(path)
     spec = model_spec(checkpoint.config)
     check_names(trunk_tensors(spec) | expert_tensors(spec), checkpoint, ignored_tensors(spec))
-    choice = choose_format(checkpoint, spec, config.format, None if elsewhere else available_memory())
+    free = None if elsewhere else available_memory()
+    choice = choose_format(checkpoint, spec, config.format, free, config.expert_memory)
     if choice.reason:
         log.warning("Weights are held in %s.", choice)
     return choice
@@ -116,6 +117,7 @@ def engine_config(config: ServeConfig, path: Path, eos_token_ids: tuple[int, ...
         eos_token_ids=eos_token_ids,
         format=config.format,
         threads=config.threads,
+        expert_memory=config.expert_memory,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,7 @@ import httpx
 
 from barista.errors import BaristaError
 from router.server_client import ServerClient, as_barista_error, require_ok
-
-DONE = "[DONE]"
+from router.sse import DONE, EventData
 
 
 class ChatClient(ServerClient):
@@ -22,11 +21,6 @@ class ChatClient(ServerClient):
     def __init__(self, url: str, api_key: str | None = None, **sampling: object) -> None:
         super().__init__(url, api_key)
         self._sampling = {name: value for name, value in sampling.items() if value is not None}
-
-    def model(self) -> str:
-        """The id of the model that the server serves. Raises BaristaError."""
-        with as_barista_error(self.url):
-            return str(self.get("/v1/models")["data"][0]["id"])
 
     def answer(self, messages: list[dict[str, str]]) -> Generator[str, None, None]:
         """The answer to a conversation, piece by piece. Closing the iterator stops the server's work on it.
@@ -38,22 +32,14 @@ class ChatClient(ServerClient):
             if response.status_code != httpx.codes.OK:
                 response.read()
             require_ok(response)
-            for data in _events(response):
-                if data == DONE:
-                    return
-                if content := _content(json.loads(data)):
-                    yield content
+            events = EventData()
+            for piece in response.iter_bytes():
+                for data in events.feed(piece):
+                    if data == DONE:
+                        return
+                    if content := _content(json.loads(data)):
+                        yield content
         raise BaristaError("The answer broke off.", "Is the server still running?")
-
-
-def _events(response: httpx.Response) -> Iterator[str]:
-    """The data of each server-sent event. Split at newlines only: U+2028 and the like are part of an answer."""
-    buffer = b""
-    for piece in response.iter_bytes():
-        *lines, buffer = (buffer + piece).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line[len(b"data:") :].strip().decode()
 
 
 def _content(event: dict[str, Any]) -> str:

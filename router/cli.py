@@ -1,4 +1,4 @@
-"""The command line: `barista serve|chat|status|drain|...`. Each command imports what it needs when it runs."""
+"""The command line: `barista serve|chat|bench|status|drain|...`. Each command imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 
 import barista
 from barista.errors import BaristaError
-from router.commands import carve, chat, inspect, models, pool, precision, pull, serve, status
+from router.commands import bench, carve, chat, inspect, models, pool, precision, pull, serve, status
 
 app = typer.Typer(
     name="barista",
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (serve, chat, status, models, inspect, precision, pull, carve):
+for module in (serve, chat, bench, status, models, inspect, precision, pull, carve):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 for command in (pool.drain, pool.scale, pool.rebalance):
     app.command(command.__name__)(command)

@@ -9,6 +9,7 @@ from barista.cache import size
 from barista.errors import CheckpointError
 from experts.checkpoint import Checkpoint
 from experts.formats import Holding, holding
+from router.expert_memory import resident_bytes
 from router.memory import conversation_bytes, held_bytes
 from router.model.spec import ModelSpec
 
@@ -28,8 +29,12 @@ class FormatChoice:
         return f"{self.held.name} ({self.reason})" if self.reason else self.held.name
 
 
-def choose_format(checkpoint: Checkpoint, spec: ModelSpec, wanted: str, free: int | None) -> FormatChoice:
+def choose_format(
+    checkpoint: Checkpoint, spec: ModelSpec, wanted: str, free: int | None, expert_memory: int | None = None
+) -> FormatChoice:
     """What `wanted` means for this model. free: bytes of memory; None where the weights are on other machines.
+
+    expert_memory: how much of them the experts take at most, if they are limited.
 
     Raises CheckpointError for shapes that the wanted format cannot take.
     """
@@ -39,10 +44,10 @@ def choose_format(checkpoint: Checkpoint, spec: ModelSpec, wanted: str, free: in
     stored = holding(checkpoint)
     if free is None:
         return FormatChoice(AUTO, stored)
-    needed = {AUTO: memory_needed(checkpoint, spec, stored)}
+    needed = {AUTO: memory_needed(checkpoint, spec, stored, expert_memory)}
     for name in FEWER_BITS:
         try:
-            needed[name] = memory_needed(checkpoint, spec, holding(checkpoint, name))
+            needed[name] = memory_needed(checkpoint, spec, holding(checkpoint, name), expert_memory)
         except CheckpointError:  # its shapes cannot be held so
             continue
     name = first_that_fits(needed, free)
@@ -59,6 +64,7 @@ def first_that_fits(needed: Mapping[str, int], free: int) -> str:
     return next((name for name, bytes_ in needed.items() if bytes_ <= free), min(needed, key=needed.__getitem__))
 
 
-def memory_needed(checkpoint: Checkpoint, spec: ModelSpec, held: Holding) -> int:
-    """Bytes of all weights and of the KV cache of one conversation."""
-    return sum(held_bytes(checkpoint, spec, held).values()) + conversation_bytes(spec, held)
+def memory_needed(checkpoint: Checkpoint, spec: ModelSpec, held: Holding, expert_memory: int | None = None) -> int:
+    """Bytes of all weights, or of as many experts as may be in memory, and of the KV cache of one conversation."""
+    weights = resident_bytes(held_bytes(checkpoint, spec, held), spec, expert_memory)
+    return weights + conversation_bytes(spec, held)

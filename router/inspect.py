@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from experts.checkpoint import Checkpoint
 from experts.checkpoint.names import SCALE_SUFFIX, check_names
 from experts.formats import main_dtype
-from router.format_choice import choose_format
-from router.memory import conversation_bytes, held_bytes, kv_bytes_per_token
+from router.expert_memory import check_expert_memory
+from router.format_choice import choose_format, memory_needed
+from router.memory import held_bytes, kv_bytes_per_token
 from router.model.families import model_spec
 from router.model.spec import ModelSpec, MoESpec
 from router.model.tensors import count_parameters, expert_tensors, ignored_tensors, trunk_tensors
@@ -24,8 +25,8 @@ class Inspection:
     parameters: all that are used. active_parameters: those read for one token, without the input embedding table
     unless it is the head too. dtype, file_bytes: of the tensors as stored. format, held_dtype, held_bytes: as the
     engine holds them in memory, which is what a token reads of: active_bytes_per_token; reason: why in this format, if
-    it was chosen for its size. memory_bytes: what serving needs, the held
-    weights and the KV cache of one conversation of 4,096 tokens. num_experts, top_k: in one MoE layer, 0 for a dense
+    it was chosen for its size. memory_bytes: what serving needs, the held weights, of the experts no more than may be
+    in memory, and the KV cache of one conversation of 4,096 tokens. num_experts, top_k: in one MoE layer, 0 for a dense
     model. shared_intermediate_size: of the shared experts' FFN.
     """
 
@@ -51,19 +52,23 @@ class Inspection:
     fits: bool
 
 
-def inspect_checkpoint(checkpoint: Checkpoint, memory_available: int, wanted: str = "auto") -> Inspection:
+def inspect_checkpoint(
+    checkpoint: Checkpoint, memory_available: int, wanted: str = "auto", expert_memory: int | None = None
+) -> Inspection:
     """The figures of a checkpoint on a machine with this many free bytes. wanted: as in `--format`.
 
-    Raises CheckpointError: an unknown architecture, a missing, unexpected or misshapen tensor, or a shape that the
-    format cannot take.
+    expert_memory: as in `--expert-memory`. Raises CheckpointError: an unknown architecture, a missing, unexpected or
+    misshapen tensor, or a shape that the format cannot take; ConfigError: an expert_memory that the model cannot keep.
     """
     spec = model_spec(checkpoint.config)
     check_names(trunk_tensors(spec) | expert_tensors(spec), checkpoint, ignored_tensors(spec))
     moe_layers = [layer for layer in spec.layers if isinstance(layer, MoESpec)]
     parameters, active_parameters = count_parameters(spec)
-    choice = choose_format(checkpoint, spec, wanted, memory_available)
+    choice = choose_format(checkpoint, spec, wanted, memory_available, expert_memory)
+    if expert_memory is not None:
+        check_expert_memory(checkpoint, spec, choice.held, expert_memory)
     held = held_bytes(checkpoint, spec, choice.held)
-    memory = sum(held.values()) + conversation_bytes(spec, choice.held)
+    memory = memory_needed(checkpoint, spec, choice.held, expert_memory)
     return Inspection(
         family=spec.family,
         dtype=main_dtype(checkpoint),

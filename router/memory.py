@@ -37,19 +37,19 @@ def conversation_bytes(spec: ModelSpec, held: Holding) -> int:
 
 
 def require_room_for_trunk(checkpoint: Checkpoint, held: Holding, free: int) -> None:
-    """Raises ConfigError unless the trunk and one conversation fit into `free` bytes: every token reads all of it.
+    """Raises ConfigError unless the trunk fits into `free` bytes: every token reads all of it.
 
     CheckpointError: an unknown architecture, a missing tensor, or a shape that the format cannot take.
     """
     spec = model_spec(checkpoint.config)
     check_names(trunk_tensors(spec) | expert_tensors(spec), checkpoint, ignored_tensors(spec))
     weights = held_bytes(checkpoint, spec, held)
-    needed = sum(weights[name] for name in trunk_tensors(spec)) + conversation_bytes(spec, held)
+    needed = sum(weights[name] for name in trunk_tensors(spec))
     if needed > free:
         fewer = "" if held.format == "int4" else " or fewer bits (--format int4)"
         raise ConfigError(
-            f"{checkpoint.path}: all but its experts, with the KV cache of one conversation, needs {size(needed)} of "
-            f"memory in {held.name}; {size(free)} are free.",
+            f"{checkpoint.path}: all but its experts needs {size(needed)} of memory in {held.name}; "
+            f"{size(free)} are free.",
             f"Give it more memory{fewer}, or take a smaller model: see `barista inspect`.",
         )
 

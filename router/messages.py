@@ -51,7 +51,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The first frame: what to load and how much to hold. None: the engine decides and says so in `Ready`.
 
     path: a checkpoint's directory or GGUF file. format: as `--format`, auto meaning: as stored. lengths in
-    tokens.
+    tokens. expert_memory: bytes of experts to keep in memory; None for all of them.
     eos_token_ids: what ends a sequence; the tokenizer, which the engine does not have, knows them.
     trace_to, trace_ratio: where traces go, if anywhere, and the share of the steps that is traced.
     """
@@ -60,6 +60,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     format: str = "auto"
     threads: int = 1
+    expert_memory: int | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -193,10 +194,21 @@ class PoolStats(msgspec.Struct, frozen=True):
     links: tuple[LinkStats, ...] = ()
 
 
+class ExpertCacheStats(msgspec.Struct, frozen=True):
+    """The experts in memory where only some of them are. resident_bytes: of them now.
+
+    queries: experts that the layers have asked for, each once a step; hits: those of them that were in memory.
+    """
+
+    queries: int = 0
+    hits: int = 0
+    resident_bytes: int = 0
+
+
 class Stats(msgspec.Struct, frozen=True, tag=True):
     """The engine's state. Counters count from the start. expert_tokens: [layer][expert], empty for dense models.
 
-    pool: None while the experts are in the engine's own process.
+    pool: None while the experts are in the engine's own process. expert_cache: None while all of them are in memory.
     """
 
     num_requests_running: int = 0
@@ -211,6 +223,7 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     iteration_tokens: int = 0
     expert_tokens: tuple[tuple[int, ...], ...] = ()
     pool: PoolStats | None = None
+    expert_cache: ExpertCacheStats | None = None
 
 
 class StepEvents(msgspec.Struct, frozen=True, tag=True):

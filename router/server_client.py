@@ -11,6 +11,7 @@ import httpx
 from barista.errors import BaristaError
 
 CONNECT_SECONDS = 10.0
+MAX_WORDS = 300  # characters of an answer that has not OpenAI's shape
 
 
 class ServerClient:
@@ -24,13 +25,19 @@ class ServerClient:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # Not the environment's proxies: they would stand between a terminal and a server on loopback.
         timeout = httpx.Timeout(CONNECT_SECONDS, read=read_seconds)
-        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
+        with as_barista_error(self.url):
+            self.http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, trust_env=False)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.http.close()
+
+    def model(self) -> str:
+        """The id of the first model that the server serves. Raises BaristaError."""
+        with as_barista_error(self.url):
+            return str(self.get("/v1/models")["data"][0]["id"])
 
     def get(self, path: str) -> Any:
         """The JSON at `path`. Raises BaristaError with the server's own words when it refuses or fails."""
@@ -55,9 +62,14 @@ def as_barista_error(url: str) -> Iterator[None]:
 
 
 def require_ok(response: httpx.Response) -> None:
-    """Raise BaristaError with the server's own words unless it answered 200."""
+    """Raise BaristaError with the server's own words unless it answered 200. The body must have been read."""
     if response.status_code != httpx.codes.OK:
-        raise BaristaError(_message(response), _remedy(response.status_code))
+        raise refusal(response)
+
+
+def refusal(response: httpx.Response) -> BaristaError:
+    """An answer other than 200 as an error, in the server's own words."""
+    return BaristaError(_message(response), _remedy(response.status_code))
 
 
 def _json(response: httpx.Response) -> Any:
@@ -69,7 +81,8 @@ def _message(response: httpx.Response) -> str:
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, LookupError, TypeError):
-        return f"The server answered {response.status_code} {response.reason_phrase}."
+        words = f": {response.text.strip()[:MAX_WORDS]}" if response.text.strip() else "."
+        return f"The server answered {response.status_code} {response.reason_phrase}{words}"
 
 
 def _remedy(status: int) -> str:

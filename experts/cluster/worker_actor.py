@@ -34,7 +34,7 @@ class WorkerActor:
 
         capacity_bytes: what it had before a restart on the node node_id, because its neighbours now use what was free
         then; 0: unknown. On another node it counts anew. Raises CheckpointError when its node lacks the checkpoint,
-        ConfigError when it cannot listen.
+        CacheError when it cannot pack its experts there, ConfigError when it cannot listen.
         """
         here = ray.get_runtime_context().get_node_id()
         if not self._address:

@@ -11,6 +11,7 @@ from experts.formats.held import (
     held_dtype,
     held_dtype_of,
     holding,
+    is_mapped,
     main_dtype,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "held_dtype",
     "held_dtype_of",
     "holding",
+    "is_mapped",
     "main_dtype",
 ]

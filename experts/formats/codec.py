@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -11,7 +12,6 @@ from experts.formats.formats import (
     INT4,
     INT8,
     MXFP4,
-    Q4_0,
     Q8_0,
     TILE_INPUTS,
     TILE_ROWS,
@@ -36,7 +36,9 @@ def encode(form: Format, weight: np.ndarray) -> np.ndarray:
         groups = _groups(rows, TILE_INPUTS)
         largest = np.abs(groups).max(-1)
         codes = np.stack([(largest / header / np.float32(127 + i / 2)).astype(np.float16) for i in range(4)])
-        code, integers = _best(groups / header, codes, codes.astype(np.float32), lambda v: np.rint(np.clip(v, -127, 127)))
+        code, integers = _best(
+            groups / header, codes, codes.astype(np.float32), lambda v: np.rint(np.clip(v, -127, 127))
+        )
         return _tiles8(header, integers, code.view(np.uint8))
     groups = _groups(rows, TILE_INPUTS // 2)
     largest = np.abs(groups).max(-1)
@@ -61,23 +63,26 @@ def decode(form: Format, packed: np.ndarray, shape: tuple[int, int]) -> np.ndarr
     if form in (INT8, Q8_0):
         values = tiles[..., :1024].view(np.int8).reshape(strips, columns, 16, TILE_ROWS, 4)
         integers = values.transpose(0, 3, 1, 2, 4).reshape(strips * TILE_ROWS, -1).astype(np.float32)
-        scales = np.ascontiguousarray(tiles[..., 1024:]).view(np.float16)
     else:
         nibbles = tiles[..., :512].reshape(strips, columns, 8, TILE_ROWS, 4)
         halves = np.stack([nibbles & 15, nibbles >> 4], axis=2)
         codes = halves.transpose(0, 4, 1, 2, 3, 5).reshape(strips * TILE_ROWS, -1)
         integers = (E2M1[codes] if form is MXFP4 else codes.astype(np.int8) - 8).astype(np.float32)
-        scales = np.ascontiguousarray(tiles[..., 512:])
-        if form is Q4_0:
-            scales = scales.view(np.float16)
-    if form is INT4:
-        scales = scale8_values(scales)
-    elif form is MXFP4:
-        scales = exponent_values(scales) / np.float32(2)
-    scales = scales.astype(np.float32).reshape(strips, columns, -1, TILE_ROWS)
+    integer_bytes = 1024 if form in (INT8, Q8_0) else 512
+    scales = _scales(form, np.ascontiguousarray(tiles[..., integer_bytes:])).reshape(strips, columns, -1, TILE_ROWS)
     per_scale = TILE_INPUTS // scales.shape[2]
     by_row = scales.transpose(0, 3, 1, 2).reshape(strips * TILE_ROWS, -1) * header
-    return (integers * by_row.repeat(per_scale, axis=1))[:out]
+    weight: np.ndarray = (integers * by_row.repeat(per_scale, axis=1))[:out]
+    return weight
+
+
+def _scales(form: Format, codes: np.ndarray) -> np.ndarray:
+    """The bytes behind a tile's integers -> float32."""
+    if form is INT4:
+        return scale8_values(codes)
+    if form is MXFP4:
+        return exponent_values(codes) / np.float32(2)
+    return codes.view(np.float16).astype(np.float32)
 
 
 def from_ggml(form: Format, blocks: np.ndarray) -> np.ndarray:
@@ -125,7 +130,8 @@ def _matrix_scale(form: Format, weight: np.ndarray) -> np.float32:
     largest_scale = np.float32(1) / np.float32(127)
     if form is INT4:
         largest_scale = np.float32(1) / np.float32(8) * np.float32(1.25) / np.float32(1.875)
-    return np.ldexp(np.float32(1), np.frexp(np.float32(top) * largest_scale)[1])
+    scale: np.float32 = np.ldexp(np.float32(1), np.frexp(np.float32(top) * largest_scale)[1])
+    return scale
 
 
 def _scale8_candidates(largest: np.ndarray, matrix_scale: np.float32) -> np.ndarray:
@@ -135,7 +141,9 @@ def _scale8_candidates(largest: np.ndarray, matrix_scale: np.float32) -> np.ndar
     return np.stack(tries).astype(np.uint8)
 
 
-def _best(groups: np.ndarray, codes: np.ndarray, values: np.ndarray, integer) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[no-untyped-def]
+def _best(
+    groups: np.ndarray, codes: np.ndarray, values: np.ndarray, integer: Callable[[np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     """The code of each group's best scale, the first of equals, and the group's integers with it."""
     best_error = np.full(groups.shape[:2], np.inf, np.float32)
     best_code = np.zeros(groups.shape[:2], codes.dtype)
@@ -159,12 +167,14 @@ def _nearest_e2m1(values: np.ndarray) -> np.ndarray:
     """Twice the nearest value of E2M1, ties to the even mantissa."""
     a = np.abs(values)
     whole = np.select([a < 4.5, a <= 5, a < 7, a <= 10], [np.rint(np.minimum(a, 4)), 4, 6, 8], 12)
-    return np.where(values < 0, -whole, whole).astype(np.float32)
+    nearest: np.ndarray = np.where(values < 0, -whole, whole).astype(np.float32)
+    return nearest
 
 
 def _e2m1_codes(integers: np.ndarray) -> np.ndarray:
     codes = np.searchsorted(E2M1[:8], np.abs(integers)).astype(np.uint8)
-    return np.where(integers < 0, codes | 8, codes).astype(np.uint8)
+    signed: np.ndarray = np.where(integers < 0, codes | 8, codes).astype(np.uint8)
+    return signed
 
 
 def _tiles8(header: np.float32, integers: np.ndarray, scales: np.ndarray) -> np.ndarray:

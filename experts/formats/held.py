@@ -12,6 +12,7 @@ from experts.formats.formats import FP8, KEPT_FROM_GGUF
 HELD_AS_BF16 = ("BF16", "F8_E4M3")
 FORMATS = {"float32": "float32", "bf16": "bfloat16"}
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2, "float16": 2}
+_PLAIN_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 PLAIN, GGUF = "plain", "gguf"
 
 
@@ -59,6 +60,14 @@ def held_dtype(checkpoint: Checkpoint, wanted: str = "auto") -> str:
     if wanted != "auto":
         return FORMATS[wanted]
     return "bfloat16" if main_dtype(checkpoint) in HELD_AS_BF16 else "float32"
+
+
+def is_mapped(info: TensorInfo, model_dtype: str) -> bool:
+    """Whether a matrix that is not of few bits is held as a view of its file, not as a converted copy."""
+    dtype = _PLAIN_DTYPES.get(info.dtype)
+    if dtype is None or info.interleaved_heads:
+        return False
+    return dtype == held_dtype_of(info, model_dtype) and info.offset % BYTES_PER_VALUE[dtype] == 0
 
 
 def held_dtype_of(info: TensorInfo, model_dtype: str) -> str:

@@ -10,18 +10,28 @@ Without a compiler the functions of experts.kernels.reference stand in, with one
 from __future__ import annotations
 
 from experts.kernels.expert_table import ExpertTable
+from experts.kernels.gate_layer import GateLayer
+from experts.kernels.gqa import GQALayer, GQAParts
 from experts.kernels.layer_tables import LayerTables, layer_tables
 from experts.kernels.library import current as compiled
 from experts.kernels.library import load, numerics_id, set_num_threads
+from experts.kernels.mla import MLALayer, MLAParts
 from experts.kernels.ops import attention, gate, linear, moe, rms_norm, rope, silu_mul, store_kv
 from experts.kernels.routing import place_rows, route, split
 from experts.kernels.rows import combine_rows, expert_rows, find_nonfinite
+from experts.kernels.step_rows import StepRows
 from experts.kernels.weight import Fp8Weight, TiledWeight, Weight, encode, encode_fp8, parts_of, take_rows
 
 __all__ = [
     "ExpertTable",
     "Fp8Weight",
+    "GQALayer",
+    "GQAParts",
+    "GateLayer",
     "LayerTables",
+    "MLALayer",
+    "MLAParts",
+    "StepRows",
     "TiledWeight",
     "Weight",
     "attention",

@@ -1,15 +1,14 @@
-"""Compiles the kernels for every instruction set of this processor family: python -m experts.kernels.build"""
+"""Compiles the kernels for every instruction set that this machine can run: python -m experts.kernels.build"""
 
 from __future__ import annotations
 
 import logging
 import os
-import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from barista.errors import BaristaError
-from experts.kernels.compiler import VARIANTS, build
+from experts.kernels.compiler import build, runnable_variants
 
 logger = logging.getLogger(__name__)
 
@@ -17,10 +16,9 @@ logger = logging.getLogger(__name__)
 def main() -> int:
     """Build them side by side; 1, and the reason on stderr, when that fails."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    family = VARIANTS if platform.machine() == "x86_64" else VARIANTS[-1:]
     try:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            for path in pool.map(build, family):
+            for path in pool.map(build, runnable_variants()):
                 logger.info("%s", path)
     except BaristaError as error:
         logger.error("%s", error)

@@ -11,17 +11,16 @@ from torch import Tensor
 from experts.kernels.dtypes import ROWS_OF
 from experts.kernels.weight import Weight, address_of_weight, code_of, fits_rows
 
-
 ExpertWeights = tuple[Weight, Weight, Weight]
 
 
 class ExpertTable:
     """Where the weights of one layer's experts are. Holds them (often memory-mapped) alive; copies nothing.
 
-    weights: expert id -> gate [intermediate, hidden], up [intermediate, hidden], down [hidden, intermediate], all of one
-    format and shape, plain ones contiguous. num_experts: experts in the layer; those not in `weights` are not held here.
-    dtype: of the rows; that which plain weights are multiplied with unless given. hidden_size, intermediate_size: those
-    of the weights unless given; needed where no expert is held.
+    weights: expert id -> gate [intermediate, hidden], up [intermediate, hidden], down [hidden, intermediate], all of
+    one format and shape, plain ones contiguous. num_experts: experts in the layer; those not in `weights` are not held
+    here. dtype: of the rows; that which plain weights are multiplied with unless given. hidden_size, intermediate_size:
+    those of the weights unless given; needed where no expert is held.
     """
 
     def __init__(
@@ -60,8 +59,8 @@ class ExpertTable:
                 fits = code_of(weight) == self.code and fits_rows(weight, self.dtype)
                 if tuple(weight.shape) != shape or not fits or not contiguous:
                     raise ValueError(
-                        f"expert {expert}: {_kind(weight)} {tuple(weight.shape)}; wanted {shape}, contiguous, all of one "
-                        f"format for rows of {self.dtype}"
+                        f"expert {expert}: {_kind(weight)} {tuple(weight.shape)}; wanted {shape}, contiguous, "
+                        f"all of one format for rows of {self.dtype}"
                     )
                 array[expert] = address_of_weight(weight)
         return pointers

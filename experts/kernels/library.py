@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 from barista.errors import BaristaError
+from barista.machine import usable_cores
 from experts.kernels import compiler
 from experts.spec import GateSpec
 
@@ -39,10 +40,13 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
         [_P, _P, _L, _L, _L, _P, _L, _L, _L, _P, _L, _P, _P, _F, _P, _L, _L, _L, _L, _L, _L, _I],
         None,
     ),
+    "bk_gqa_layer": ([_P, _P, _P, _P], _I),
+    "bk_mla_layer": ([_P, _P, _P, _P], _I),
+    "bk_choose": ([_P, _P, _P, _P, _L], _I),
 }
 
 
-class _GateSpec(ctypes.Structure):
+class GateSpecStruct(ctypes.Structure):
     """bk_gate_spec of src/barista_kernels.h."""
 
     _fields_ = (
@@ -63,7 +67,7 @@ class _GateSpec(ctypes.Structure):
 def gate_parameters(spec: GateSpec) -> Any:
     """The spec as bk_gate takes it."""
     return ctypes.pointer(
-        _GateSpec(
+        GateSpecStruct(
             num_experts=spec.num_experts,
             top_k=spec.top_k,
             num_groups=spec.num_groups,
@@ -87,6 +91,7 @@ class Library:
         for name, (arguments, result) in _SIGNATURES.items():
             function = getattr(self.functions, name)
             function.argtypes, function.restype = arguments, result
+        self.functions.bk_set_threads(usable_cores())
 
 
 _loaded = False
@@ -131,6 +136,8 @@ def numerics_id() -> str:
 
 
 def set_num_threads(threads: int) -> None:
-    """Threads that the kernels use, the caller's included; 0: as many as this process may run on. No result changes."""
+    """Threads that the kernels use, the caller's included; 0: as many as this process may keep busy, which is where
+    they start. No result changes.
+    """
     if functions := current():
-        functions.bk_set_threads(threads)
+        functions.bk_set_threads(threads or usable_cores())

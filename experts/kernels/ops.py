@@ -39,15 +39,14 @@ def linear(
     assert fits_rows(weight, dtype)
     assert weight.shape[1] == in_features
     assert x.stride(1) == out.stride(1) == 1
-    plain = isinstance(weight, Tensor)
-    assert not plain or weight.stride(1) == 1
+    assert not isinstance(weight, Tensor) or weight.stride(1) == 1
     assert out.shape == (num_rows, out_features)
     assert bias is None or (bias.dtype is dtype and bias.is_contiguous() and bias.shape[0] == out_features)
     functions.bk_linear(
         x.data_ptr(),
         x.stride(0),
         address_of_weight(weight),
-        weight.stride(0) if plain else 0,
+        weight.stride(0) if isinstance(weight, Tensor) else 0,
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         out.stride(0),
@@ -89,6 +88,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None =
         DTYPES[x.dtype],
     )
     return out
+
+
+def add_norm(update: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """residual += update (or None), in place; its rms_norm. update, residual: [n, width]. Returns [n, width]."""
+    if update is None:
+        return rms_norm(residual, weight, eps)
+    return rms_norm(update, weight, eps, residual=residual)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -191,7 +197,7 @@ def moe(hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: 
     if functions is None:
         return reference.moe(hidden_states, topk_ids, topk_weights, experts)
     num_tokens, hidden_size = hidden_states.shape
-    rows = torch.empty((num_tokens, hidden_size), dtype=hidden_states.dtype)
+    rows = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     failed = torch.empty(num_tokens, dtype=torch.bool)
     assert hidden_states.dtype is experts.dtype
     assert hidden_states.stride(1) == 1

@@ -7,8 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from experts.formats import FP8, Format
-from experts.formats import codec
+from experts.formats import FP8, Format, codec
 from experts.formats.formats import FP8_BLOCK
 from experts.kernels.dtypes import PLAIN_WEIGHTS, ROWS_OF
 from experts.kernels.library import current

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def command(
     model: str = typer.Argument(help="A checkpoint's path, house-blend, or the name of a pulled model."),
     wanted: str = typer.Option("auto", "--format", help=f"Weight format in memory. One of {', '.join(FORMATS)}."),
+    expert_memory: int | None = typer.Option(None, min=1, help="Bytes of experts in memory, as in `barista serve`."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON alone on stdout; sizes in bytes."),
 ) -> None:
     """Show a model's parameters, bytes per token and whether it fits this machine. Reads headers only."""
@@ -30,7 +31,7 @@ def command(
     path = resolve(model)
     if model == BUILT_IN and not path.exists():
         raise BaristaError(f"{BUILT_IN} is not carved yet.", f"Run: barista models --prepare {BUILT_IN}")
-    inspection = inspect_checkpoint(open_checkpoint(path), available_memory(), wanted)
+    inspection = inspect_checkpoint(open_checkpoint(path), available_memory(), wanted, expert_memory)
     if as_json:
         print_json({"model": model, "path": str(path), **vars(inspection)})
     else:

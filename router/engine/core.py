@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from barista.errors import InvalidRequest, RequestError
+from experts.residency import Residency
 from router.engine.pool_stats import pool_stats
 from router.kv_cache.storage import allocate_cache
-from router.messages import Failed, ModelInfo, Stats, StepEvents, Submit, Token
+from router.messages import ExpertCacheStats, Failed, ModelInfo, Stats, StepEvents, Submit, Token
 from router.model.batch import Batch
 from router.model.load import Model
 from router.request import Sequence, Status
@@ -112,6 +114,7 @@ class Engine:
             iteration_tokens=self._iteration_tokens,
             expert_tokens=() if experts is None else tuple(map(tuple, experts.expert_tokens.tolist())),
             pool=None if self._model.remote is None else pool_stats(self._model.remote),
+            expert_cache=_expert_cache_stats(self._model.residency),
         )
 
     def _check_ids(self, request: Submit) -> None:
@@ -166,6 +169,12 @@ class Engine:
                 self._failed.append(Failed(chunk.sequence.request_id, code, message))
 
 
+def _expert_cache_stats(residency: Residency | None) -> ExpertCacheStats | None:
+    if residency is None:
+        return None
+    return ExpertCacheStats(residency.queries, residency.hits, residency.resident_bytes)
+
+
 def make_batch(plan: StepPlan, block_size: int) -> Batch:
     """The step's flat tensors."""
     token_ids: list[int] = []
@@ -183,19 +192,24 @@ def make_batch(plan: StepPlan, block_size: int) -> Batch:
         if chunk.samples:
             sample_rows.append(len(token_ids) - 1)
     return Batch(
-        token_ids=torch.tensor(token_ids, dtype=torch.int32),
-        positions=torch.tensor(positions, dtype=torch.int32),
-        seq_ids=torch.tensor(seq_ids, dtype=torch.int32),
-        slots=torch.tensor(slots, dtype=torch.int32),
+        token_ids=_tensor(token_ids),
+        positions=_tensor(positions),
+        seq_ids=_tensor(seq_ids),
+        slots=_tensor(slots),
         block_tables=_block_tables(plan.chunks),
-        sample_rows=torch.tensor(sample_rows, dtype=torch.int64),
+        sample_rows=_tensor(sample_rows, np.int64),
     )
 
 
 def _block_tables(chunks: tuple[ScheduledChunk, ...]) -> torch.Tensor:
     width = max(len(chunk.sequence.block_table) for chunk in chunks)
     rows = [chunk.sequence.block_table + [0] * (width - len(chunk.sequence.block_table)) for chunk in chunks]
-    return torch.tensor(rows, dtype=torch.int32)
+    return _tensor(rows)
+
+
+def _tensor(numbers: list[int] | list[list[int]], dtype: type[np.integer[Any]] = np.int32) -> torch.Tensor:
+    """By way of numpy, which takes a third of torch.tensor's time."""
+    return torch.from_numpy(np.array(numbers, dtype=dtype))
 
 
 def _token_event(sequence: Sequence, draw: Drawn) -> Token:

@@ -18,11 +18,12 @@ from barista.machine import available_memory
 from barista.tracing import ENGINE_SERVICE, open_tracer
 from barista.trust import Trust
 from experts import kernels
-from experts.checkpoint import open_checkpoint
-from experts.formats import holding
+from experts.checkpoint import Checkpoint, open_checkpoint
+from experts.formats import Holding, holding
 from experts.numerics import numerics_id
 from experts.remote import PoolConfig
 from router.engine.core import Engine, kv_blocks, kv_bytes_per_token, model_info
+from router.expert_memory import check_expert_memory, require_room_for_experts
 from router.framing import frame, read_frame
 from router.kv_cache.blocks import BlockPool
 from router.memory import require_room_for_trunk
@@ -40,6 +41,7 @@ from router.messages import (
     decode_config,
     encode,
 )
+from router.model.families import model_spec
 from router.model.load import Model, load_model
 from router.scheduler import Scheduler
 
@@ -85,6 +87,8 @@ def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready, En
     held = holding(checkpoint, config.format)
     dtype = getattr(torch, held.dtype)
     require_room_for_trunk(checkpoint, held, available_memory())
+    if config.expert_memory is not None:
+        _check_expert_memory(checkpoint, held, config.expert_memory)
     engine_numerics = numerics_id(dtype, held.format)
     model = load_model(
         checkpoint,
@@ -93,8 +97,9 @@ def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready, En
         lambda fraction, message: _send(sock, Loading(fraction, message)),
         weight_format=held.format,
         pool=_pool_config(config, engine_numerics, tracer),
+        expert_memory=config.expert_memory,
     )
-    free = available_memory()
+    free = available_memory() - (0 if model.residency is None else model.residency.limit)  # not read yet
     blocks = kv_blocks(model, config.block_size, config.kv_cache_tokens, config.kv_cache_bytes, free)
     size = blocks * config.block_size * kv_bytes_per_token(model)
     if size > free:
@@ -111,6 +116,13 @@ def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready, En
     )
     traces = _engine_traces(tracer, model)
     return Engine(model, scheduler, traces), Ready(model_info(model, scheduler, engine_numerics)), traces
+
+
+def _check_expert_memory(checkpoint: Checkpoint, held: Holding, limit: int) -> None:
+    """Before anything is packed or loaded. Raises ConfigError."""
+    spec = model_spec(checkpoint.config)
+    check_expert_memory(checkpoint, spec, held, limit)
+    require_room_for_experts(checkpoint, spec, held, limit, available_memory())
 
 
 def _pool_config(config: EngineConfig, engine_numerics: str, tracer: Tracer | None) -> PoolConfig | None:

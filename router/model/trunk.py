@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import torch
@@ -10,7 +11,6 @@ from experts import kernels
 from experts.pool import ExpertPool
 from router.model.attention import build_attention
 from router.model.batch import Batch
-from router.model.gate import Gate
 from router.model.rope import cos_sin_table
 from router.model.spec import DenseFFNSpec, ModelSpec, MoESpec
 
@@ -38,7 +38,7 @@ class Trunk:
         self.head: kernels.Weight = self.embedding if spec.tied_embeddings else load("lm_head.weight")
         self.max_len = max_len
         self.cos, self.sin = cos_sin_table(spec.attention.rope, max_len)
-        self.layers = [DecoderLayer(spec, i, load, pool) for i in range(spec.num_layers)]
+        self.layers = [DecoderLayer(spec, i, load, pool, self.final_norm.dtype) for i in range(spec.num_layers)]
 
     def forward(self, batch: Batch, cache: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One step. cache: [num_layers, ...] as kv_cache/storage.py lays it out; its slots of this batch are written.
@@ -47,53 +47,47 @@ class Trunk:
         answer.
         """
         hidden = kernels.take_rows(self.embedding, batch.token_ids).to(self.final_norm.dtype)
-        positions = batch.positions.long()
-        cos_sin = self.cos[positions], self.sin[positions]
-        failed = torch.zeros(len(hidden), dtype=torch.bool)
+        rows = kernels.StepRows(
+            hidden,
+            cache,
+            self.cos.index_select(0, batch.positions),
+            self.sin.index_select(0, batch.positions),
+            slots=batch.slots,
+            seq_ids=batch.seq_ids,
+            positions=batch.positions,
+            block_tables=batch.block_tables,
+        )
+        failed: list[torch.Tensor] = []
         update: torch.Tensor | None = None
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            update, layer_failed = layer(hidden, update, cos_sin, batch, layer_cache, step)
-            failed |= layer_failed
+        for layer in self.layers:
+            update, layer_failed = layer(update, rows, step)
+            failed.append(layer_failed)
         assert update is not None
-        rows = batch.sample_rows
-        final = kernels.rms_norm(update[rows], self.final_norm, self.spec.rms_norm_eps, residual=hidden[rows])
-        return kernels.linear(final, self.head, out_dtype=torch.float32), failed
+        wanted = batch.sample_rows
+        update, hidden = update.index_select(0, wanted), hidden.index_select(0, wanted)
+        final = kernels.rms_norm(update, self.final_norm, self.spec.rms_norm_eps, residual=hidden)
+        return kernels.linear(final, self.head, out_dtype=torch.float32), torch.stack(failed).any(0)
 
 
 class DecoderLayer:
     """Pre-norm attention and FFN. The residual is updated in place; the next norm adds the FFN's output."""
 
-    def __init__(self, spec: ModelSpec, index: int, load: Load, pool: ExpertPool | None) -> None:
+    def __init__(self, spec: ModelSpec, index: int, load: Load, pool: ExpertPool | None, dtype: torch.dtype) -> None:
         prefix = f"model.layers.{index}."
-        self.eps = spec.rms_norm_eps
-        self.attention_norm: torch.Tensor = load(prefix + "input_layernorm.weight")
-        self.attention = build_attention(spec.attention, lambda name: load(f"{prefix}self_attn.{name}"))
-        self.ffn_norm = load(prefix + "post_attention_layernorm.weight")
+        self.attention = build_attention(spec, index, lambda name: load(prefix + name))
         layer = spec.layers[index]
         self.ffn: FFN
         if isinstance(layer, DenseFFNSpec):
-            self.ffn = SwiGLU(load, prefix + "mlp.", self.attention_norm.dtype)
+            self.ffn = SwiGLU(load, prefix + "mlp.", dtype)
         else:
             assert pool is not None
-            self.ffn = MoE(layer, index, load, pool, self.attention_norm.dtype)
+            self.ffn = MoE(layer, index, load, pool, dtype)
 
     def __call__(
-        self,
-        hidden: torch.Tensor,
-        update: torch.Tensor | None,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
-        batch: Batch,
-        cache: torch.Tensor,
-        step: int,
+        self, update: torch.Tensor | None, rows: kernels.StepRows, step: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden += update, then attention and FFN; returns the FFN's output, not yet added, and the failed rows."""
-        if update is None:
-            x = kernels.rms_norm(hidden, self.attention_norm, self.eps)
-        else:
-            x = kernels.rms_norm(update, self.attention_norm, self.eps, residual=hidden)
-        attended = self.attention(x, cos_sin, batch, cache, self.eps)
-        x = kernels.rms_norm(attended, self.ffn_norm, self.eps, residual=hidden)
-        return self.ffn(x, step)
+        """residual += update, then attention and FFN; returns the FFN's output, not yet added, and the failed rows."""
+        return self.ffn(self.attention(update, rows), step)
 
 
 class SwiGLU:
@@ -106,8 +100,13 @@ class SwiGLU:
 
     def __call__(self, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """[num_tokens, hidden] -> [num_tokens, hidden]: the kernel of the experts, with one that every token takes."""
-        everyone = torch.zeros(len(x), 1, dtype=torch.int32)
-        return kernels.moe(x, everyone, torch.ones(len(x), 1), self.table)
+        return kernels.moe(x, *_everyone(x.shape[0]), self.table)
+
+
+@functools.lru_cache(maxsize=8)
+def _everyone(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """topk_ids and topk_weights of a layer whose only expert every token takes."""
+    return torch.zeros(num_tokens, 1, dtype=torch.int32), torch.ones(num_tokens, 1)
 
 
 class MoE:
@@ -116,7 +115,10 @@ class MoE:
     def __init__(self, spec: MoESpec, index: int, load: Load, pool: ExpertPool, dtype: torch.dtype) -> None:
         """dtype: of the rows."""
         bias = load(spec.select_bias_name.format(layer=index), torch.float32) if spec.gate.select_bias else None
-        self.gate = Gate(spec.gate, load(spec.gate_name.format(layer=index)), bias)
+        weight = load(spec.gate_name.format(layer=index))
+        if spec.gate.float32_logits:
+            weight = weight.float()
+        self.gate = kernels.GateLayer(spec.gate, weight, bias, dtype)
         self.shared = (
             SwiGLU(load, f"model.layers.{index}.mlp.shared_experts.", dtype) if spec.shared_intermediate_size else None
         )

@@ -59,6 +59,25 @@ def test_a_failed_attempt_leaves_nothing_under_the_name(tmp_path: Path, resume: 
         assert (folder / "part").exists() == resume
 
 
+def test_a_directory_that_will_not_do_is_made_again(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    for text in ("old", "new"):
+        with new_directory(final, 0, usable=lambda folder: (folder / "weights").read_text() == "new") as folder:
+            assert folder is not None
+            (folder / "weights").write_text(text)
+    with new_directory(final, 0, usable=lambda folder: (folder / "weights").read_text() == "new") as folder:
+        assert folder is None
+
+
+def test_what_is_left_to_resume_counts_as_space_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "model"
+    with pytest.raises(ZeroDivisionError):
+        fail_half_way(final, resume=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 9))
+    with new_directory(final, 10, resume=True) as folder:
+        assert folder is not None
+
+
 def test_a_full_disk_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="BARISTA_CACHE"), new_directory(tmp_path / "model", 0):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from barista.errors import CheckpointError, ConfigError
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.formats import Holding, holding
+from router.announce import Announcement
 from router.format_choice import choose_format, first_that_fits, memory_needed
 from router.memory import require_room_for_trunk
+from router.messages import ModelInfo
 from router.model.families import model_spec
 from router.model.spec import ModelSpec
 from tests import packable, tiny
@@ -80,3 +82,12 @@ def test_too_little_memory_for_the_trunk_is_an_error_with_the_remedy(model: tupl
     ):
         require_room_for_trunk(model[0], held, 1000)
     require_room_for_trunk(model[0], held, 10**9)
+
+
+def test_the_ready_lines_say_the_format_and_why(model: tuple[Checkpoint, ModelSpec]) -> None:
+    choice = choose_format(*model, "auto", 0)
+    announcement = Announcement(
+        url="http://a", model_id="m", path=Path("p"), format=str(choice), threads=1, has_chat=True, needs_key=False
+    )
+    info = ModelInfo(10, 10, 10, 10, (), "float32", 1, 0, "id")
+    assert f"\n  format    {choice}\n" in announcement.as_text(info)

@@ -208,7 +208,7 @@ def split(tmp_path):
     writer.add_block_count(1)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(inner)
+    writer.add_feed_forward_length(INNER)
     writer.add_head_count(HEADS)
     writer.add_layer_norm_rms_eps(1e-6)
     for name, values in dense_tensors().items():

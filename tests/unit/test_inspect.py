@@ -139,6 +139,18 @@ def test_only_float16_matrices_of_a_float32_model_are_held_as_stored(
     assert held_dtype_of(info, model_dtype) == held
 
 
+@pytest.mark.parametrize(("wanted", "bits"), [("float32", 32), ("bf16", 16)])
+def test_the_format_that_is_asked_for_is_the_one_that_is_reported(tmp_path: Path, wanted: str, bits: int) -> None:
+    figures = inspect_checkpoint(open_checkpoint(write(tmp_path, MOE)), 10**9, wanted)
+    assert (figures.format, figures.reason) == (wanted, "")
+    assert figures.held_bytes == figures.parameters * bits // 8
+
+
+def test_a_format_that_its_shapes_cannot_take_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"\[100, 8\] cannot be held as int4"):
+        inspect_checkpoint(open_checkpoint(write(tmp_path, MOE)), 10**9, "int4")
+
+
 def test_a_model_fits_exactly_when_its_memory_is_available(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write(tmp_path, MOE))
     needed = inspect_checkpoint(checkpoint, 0).memory_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -75,6 +76,21 @@ def test_a_library_is_compiled_once_and_another_compiler_has_its_own(monkeypatch
     assert compiler.library_path(portable) != path
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are those of x86-64")
+@pytest.mark.parametrize("variant", compiler.VARIANTS, ids=lambda variant: variant.name)
+def test_instruction_sets_that_this_machine_lacks_are_written_in_valid_code(variant):
+    if variant in compiler.runnable_variants():
+        pytest.skip("it is compiled and run here")
+    command = compiler.find_compiler()
+    if command == compiler._ZIG:
+        pytest.skip("zig names instruction sets otherwise")
+    sources = [str(compiler.SOURCES / name) for name in ("dot.cpp", "tiles.cpp")]  # with all that differs between them
+    done = subprocess.run(
+        [*command, *compiler._FLAGS, *variant.flags, "-fsyntax-only", *sources], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_compiler_error_is_shown(monkeypatch, tmp_path):
     monkeypatch.setenv("BARISTA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, "echo no such flag >&2; exit 1"))
@@ -102,6 +118,19 @@ def test_numerics_id_names_sources_and_instruction_set():
     _, digest, variant = kernels.load().split("-")
     assert compiler.source_digest().startswith(digest)
     assert variant == compiler.runnable_variants()[0].name
+
+
+def test_the_threads_are_those_that_the_machine_grants(monkeypatch):
+    """barista.machine knows: affinity, capped by the control group's quota."""
+    kernels.load()
+    monkeypatch.setattr(library, "usable_cores", lambda: 5)
+    functions = library.Library(compiler.runnable_variants()[0]).functions
+    assert functions.bk_num_threads() == 5
+    kernels.set_num_threads(3)
+    assert functions.bk_num_threads() == 3
+    kernels.set_num_threads(0)
+    assert functions.bk_num_threads() == 5
+    kernels.set_num_threads(2)
 
 
 def test_idle_threads_burn_no_processor_time():

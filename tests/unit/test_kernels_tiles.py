@@ -19,7 +19,9 @@ from tests.kernel_variants import DTYPES, few, values, variant  # noqa: F401 (a 
 
 pytestmark = pytest.mark.usefixtures("variant")
 FORMATS = [FP8, INT8, INT4, MXFP4, Q8_0, Q4_0]
-every = pytest.mark.parametrize(("form", "dtype"), list(product(FORMATS, DTYPES)), ids=lambda p: getattr(p, "name", str(p)))
+every = pytest.mark.parametrize(
+    ("form", "dtype"), list(product(FORMATS, DTYPES)), ids=lambda p: getattr(p, "name", str(p))
+)
 
 
 def held(form: Format, weight: Tensor) -> kernels.Weight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_each_expert_begins_on_a_page_and_its_matrices_lie_side_by_side_in_the_f
             names = spec.tensors(layer, expert)
             places = [part.tensors[n] for name in names for n in (name + "_scale_inv", name) if n in part.tensors]
             assert places[0].offset == -(-end // PAGE) * PAGE
-            for before, place in zip(places, places[1:], strict=False):
+            for before, place in pairwise(places):
                 assert 0 <= place.offset - (before.offset + before.nbytes) < 64
             assert {place.file for place in places} == {part.folder / f"layer-{layer:05}.bin"}
             end = places[-1].offset + places[-1].nbytes

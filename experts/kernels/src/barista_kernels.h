@@ -35,7 +35,7 @@ struct bk_fp8 {
     const float* scales;
 };
 
-// Threads to use, the caller's included; 0 or less: as many as this process may run on.
+// Threads to use, the caller's included; one until it is told. How many may be kept busy is the caller's to know.
 void bk_set_threads(int32_t threads);
 int32_t bk_num_threads(void);
 
@@ -133,6 +133,98 @@ void bk_attention(const void* q, const void* keys, int64_t key_block_stride, int
                   int64_t value_head_stride, const int32_t* block_tables, int64_t max_blocks, const int32_t* seq_ids,
                   const int32_t* positions, float scale, void* y, int64_t n, int64_t query_heads, int64_t kv_heads,
                   int64_t key_dim, int64_t value_dim, int64_t block_size, int32_t dtype);
+
+// ---- whole halves of a decoder layer, with the bytes of the functions above called one after another
+//
+// Structs are filled once, when a model is loaded, and begin with their own size; the functions answer -1, with nothing
+// done, to a size that is not theirs.
+
+// A weight [out, in]. Plain ones lie row by row without gaps.
+struct bk_weight {
+    const void* data;
+    int64_t out, in;
+    int32_t weights;  // enum bk_weights
+};
+
+// What all layers take of one step. residual: [num_rows, hidden]; cos, sin: [num_rows, half]; slots, seq_ids,
+// positions: [num_rows]; block_tables: [num_seqs, max_blocks]. cache: [layers][planes][blocks][block_size][heads][dim]
+// without gaps; strides of the first two in elements.
+struct bk_step {
+    int64_t size;
+    int64_t num_rows, half, max_blocks, block_size, layer_stride, plane_stride;
+    void* residual;
+    void* cache;
+    const float* cos;
+    const float* sin;
+    const int32_t* slots;
+    const int32_t* seq_ids;
+    const int32_t* positions;
+    const int32_t* block_tables;
+};
+
+// The norms before the attention and before the FFN. Weights: [hidden].
+struct bk_norms {
+    const void* attention;
+    const void* ffn;
+    int64_t hidden;
+    float eps;
+    int32_t dtype;  // of all rows of the layer
+};
+
+enum bk_qk_norm { BK_NORM_NONE = 0, BK_NORM_PER_HEAD = 1, BK_NORM_FULL = 2 };
+
+// Grouped-query attention of layer `index`: keys are the cache's first plane, values its second. Biases may be NULL.
+// clip: q, k and v lie within +-clip; 0 for no limit.
+struct bk_gqa {
+    int64_t size;
+    struct bk_norms norms;
+    struct bk_weight q, k, v, o;
+    const void* q_bias;
+    const void* k_bias;
+    const void* v_bias;
+    const void* o_bias;
+    const void* q_norm;
+    const void* k_norm;
+    int64_t index, num_heads, num_kv_heads, head_dim;
+    float scale, clip;
+    int32_t qk_norm, interleaved;
+};
+
+// Multi-head latent attention in the absorbed form. q_a.data is NULL where q_b takes x itself. uk: a weight
+// [kv_lora_rank, nope_head_dim] for each head; uv: [v_head_dim, kv_lora_rank]. Biases may be NULL.
+struct bk_mla {
+    int64_t size;
+    struct bk_norms norms;
+    struct bk_weight q_a, q_b, kv_a, o;
+    const struct bk_weight* uk;
+    const struct bk_weight* uv;
+    const void* q_a_norm;
+    const void* kv_a_norm;
+    const void* q_a_bias;
+    const void* kv_a_bias;
+    const void* o_bias;
+    int64_t index, num_heads, kv_lora_rank, nope_head_dim, rope_head_dim, v_head_dim;
+    float scale, latent_eps;
+    int32_t interleaved;
+};
+
+// residual += update (or NULL); residual += attention(norm(residual)); x = norm(residual). update, x: [num_rows,
+// hidden].
+int32_t bk_gqa_layer(const struct bk_gqa* layer, const struct bk_step* step, const void* update, void* x);
+int32_t bk_mla_layer(const struct bk_mla* layer, const struct bk_step* step, const void* update, void* x);
+
+// A gate with its weight. float32_logits: x becomes float32 first; float32_weights: else they are rounded to the dtype
+// of the logits.
+struct bk_gate_layer {
+    int64_t size;
+    struct bk_weight weight;
+    const float* select_bias;
+    struct bk_gate_spec spec;
+    int32_t dtype, float32_logits, float32_weights;
+};
+
+// x: [n, hidden] of dtype; the rest as in bk_gate.
+int32_t bk_choose(const struct bk_gate_layer* gate, const void* x, int32_t* topk_ids, float* topk_weights, int64_t n);
 
 #ifdef __cplusplus
 }

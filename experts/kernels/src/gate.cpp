@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "barista_kernels.h"
+#include "dispatch.h"
+#include "products.h"
 #include "simd.h"
 #include "thread_pool.h"
 
@@ -105,8 +107,43 @@ void gate_row(const float* logits, const float* select_bias, const bk_gate_spec&
     }
 }
 
+// to = from in another dtype.
+template <class To, class From>
+void convert(To* to, const From* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i, count - i), count - i);
+}
+
+// The logits [n, num_experts] in float32, with the rounding of the dtype that they are computed in.
+const float* logits_of(const bk_gate_layer& gate, const void* x, int64_t n) {
+    thread_local Buffer rows_buffer, narrow_buffer, logits_buffer;
+    const int64_t hidden = gate.weight.in, experts = gate.spec.num_experts;
+    float* logits = logits_buffer.get<float>(n * experts);
+    if (gate.dtype == BK_FLOAT32) {
+        multiply_one({x, hidden, &gate.weight, nullptr, logits, experts}, n, BK_FLOAT32);
+    } else if (gate.float32_logits) {
+        float* rows = rows_buffer.get<float>(n * hidden);
+        convert(rows, static_cast<const bf16*>(x), n * hidden);
+        multiply_one({rows, hidden, &gate.weight, nullptr, logits, experts}, n, BK_FLOAT32);
+    } else {
+        bf16* rounded = narrow_buffer.get<bf16>(n * experts);
+        multiply_one({x, hidden, &gate.weight, nullptr, rounded, experts}, n, BK_BFLOAT16);
+        convert(logits, rounded, n * experts);
+    }
+    return logits;
+}
+
 }  // namespace
 }  // namespace bk
+
+extern "C" int32_t bk_choose(const bk_gate_layer* gate, const void* x, int32_t* topk_ids, float* topk_weights,
+                             int64_t n) {
+    if (gate->size != sizeof(bk_gate_layer)) return -1;
+    bk_gate(bk::logits_of(*gate, x, n), gate->select_bias, &gate->spec, topk_ids, topk_weights, n);
+    if (gate->dtype == BK_BFLOAT16 && !gate->float32_logits && !gate->float32_weights)
+        for (int64_t i = 0, count = n * gate->spec.top_k; i < count; i += bk::kLanes)
+            bk::store(topk_weights + i, bk::rounded_to<bk::bf16>(bk::load(topk_weights + i, count - i)), count - i);
+    return 0;
+}
 
 extern "C" int32_t bk_ties_as_torch(void) {
 #if defined(__GLIBCXX__)

@@ -8,10 +8,6 @@
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
-#include <sched.h>
-#endif
-
 namespace bk {
 namespace {
 
@@ -36,15 +32,6 @@ bool spin_until(Ready&& ready) {
         }
     } while (std::chrono::steady_clock::now() < deadline);
     return ready();
-}
-
-int usable_cpus() {
-#if defined(__linux__)
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-#endif
-    int cpus = static_cast<int>(std::thread::hardware_concurrency());
-    return cpus > 0 ? cpus : 1;
 }
 
 // A job is a number of tasks. `ticket_` holds the job's number in its high half and the tasks not yet taken in its low
@@ -124,22 +111,15 @@ class Pool {
 
 std::mutex pool_mutex;  // one job at a time, whichever thread calls
 std::unique_ptr<Pool> pool;
-std::atomic<int> wanted_threads{0};
+std::atomic<int> wanted_threads{1};
 
 }  // namespace
 
-int num_threads() {
-    int threads = wanted_threads.load(std::memory_order_relaxed);
-    if (threads == 0) {
-        threads = usable_cpus();
-        wanted_threads.store(threads);
-    }
-    return threads;
-}
+int num_threads() { return wanted_threads.load(std::memory_order_relaxed); }
 
 void set_num_threads(int threads) {
     std::lock_guard<std::mutex> lock(pool_mutex);
-    wanted_threads.store(threads > 0 ? threads : usable_cpus());
+    wanted_threads.store(threads > 1 ? threads : 1);
     pool.reset();
 }
 
