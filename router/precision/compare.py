@@ -34,7 +34,7 @@ def distances(reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tens
     With logits x of the reference and y of the model, KL = sum p (x - y) - (ln Z_x - ln Z_y). Sums are in float64, so
     that rounding stays below 1e-7 nats; equal logits give exactly 0.
     """
-    pieces = [part.split(ROWS_AT_ONCE) for part in (reference, logits, targets)]
+    pieces = [torch.split(part, ROWS_AT_ONCE) for part in (reference, logits, targets)]
     compared = [_distances(*rows) for rows in zip(*pieces, strict=True)]
     return Distances(*(torch.cat(column) for column in zip(*compared, strict=True)))
 

@@ -1,4 +1,4 @@
-"""What is measured of one format, and what follows from it. Torch-free."""
+"""What is measured of one format, and what follows from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which formats of a model are compared, and with what. Torch-free."""
+"""Which formats of a model are compared, and with what."""
 
 from __future__ import annotations
 

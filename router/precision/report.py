@@ -1,4 +1,4 @@
-"""A report as JSON for programs, and as a table and sentences for people. Torch-free."""
+"""A report as JSON for programs, and as a table and sentences for people."""
 
 from __future__ import annotations
 

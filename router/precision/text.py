@@ -1,4 +1,4 @@
-"""The text that the formats of a model are compared on, and the windows of it that the model reads. Torch-free."""
+"""The text that the formats of a model are compared on, and the windows of it that the model reads."""
 
 from __future__ import annotations
 

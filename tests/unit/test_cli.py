@@ -21,7 +21,20 @@ from router import models
 from router.cli import app
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("serve", "chat", "bench", "status", "drain", "scale", "rebalance", "carve", "models", "inspect", "pull")
+COMMANDS = (
+    "serve",
+    "chat",
+    "status",
+    "drain",
+    "scale",
+    "rebalance",
+    "carve",
+    "models",
+    "inspect",
+    "precision",
+    "pull",
+    "bench",
+)
 
 
 def run(*arguments: object, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
