@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from experts.checkpoint import Checkpoint
 from experts.expert_model import expert_groups
-from experts.formats import Format, forms_of
+from experts.formats import INT4, INT8, MXFP4, Format, forms_of
 from experts.packed.experts import expert_part
 from experts.packed.layout import Part, plan_part
 from experts.spec import FFNSpec
 from router.model.spec import ModelSpec, MoESpec
 from router.model.tensors import trunk_groups
+
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def expert_layers(spec: ModelSpec) -> dict[int, FFNSpec]:
@@ -19,7 +21,8 @@ def expert_layers(spec: ModelSpec) -> dict[int, FFNSpec]:
 
 def model_forms(checkpoint: Checkpoint, spec: ModelSpec, weight_format: str) -> dict[str, Format]:
     """The format of each matrix of few bits (experts.formats.forms_of), of trunk and experts."""
-    return forms_of(checkpoint, [*trunk_groups(spec), *expert_groups(expert_layers(spec))], weight_format)
+    experts = forms_of(checkpoint, expert_groups(expert_layers(spec)), weight_format)
+    return _trunk_forms(checkpoint, spec, weight_format) | experts
 
 
 def packed_experts(checkpoint: Checkpoint, spec: ModelSpec, weight_format: str) -> Part:
@@ -29,7 +32,13 @@ def packed_experts(checkpoint: Checkpoint, spec: ModelSpec, weight_format: str) 
 
 def packed_trunk(checkpoint: Checkpoint, spec: ModelSpec, weight_format: str) -> Part:
     """One file. weight_format: as in `Holding`. Raises CheckpointError for a shape that the format cannot take."""
-    groups = trunk_groups(spec)
-    return plan_part(
-        checkpoint, "trunk", weight_format, forms_of(checkpoint, groups, weight_format), {"trunk.bin": groups}
-    )
+    forms = _trunk_forms(checkpoint, spec, weight_format)
+    return plan_part(checkpoint, "trunk", weight_format, forms, {"trunk.bin": trunk_groups(spec)})
+
+
+def _trunk_forms(checkpoint: Checkpoint, spec: ModelSpec, weight_format: str) -> dict[str, Format]:
+    """An embedding that is the head too has at least 8 bits: in 4 it costs as much as all the rest (docs/precision.md)."""
+    forms = forms_of(checkpoint, trunk_groups(spec), weight_format)
+    if spec.tied_embeddings and forms.get(EMBEDDING) in (INT4, MXFP4):
+        forms[EMBEDDING] = INT8
+    return forms
