@@ -37,7 +37,7 @@ def packed_trunk(checkpoint: Checkpoint, spec: ModelSpec, weight_format: str) ->
 
 
 def _trunk_forms(checkpoint: Checkpoint, spec: ModelSpec, weight_format: str) -> dict[str, Format]:
-    """An embedding that is the head too has at least 8 bits: in 4 it costs as much as all the rest (docs/precision.md)."""
+    """An embedding that is the head too keeps 8 bits: in 4 it costs as much as all the rest (docs/precision.md)."""
     forms = forms_of(checkpoint, trunk_groups(spec), weight_format)
     if spec.tied_embeddings and forms.get(EMBEDDING) in (INT4, MXFP4):
         forms[EMBEDDING] = INT8
