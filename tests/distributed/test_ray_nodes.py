@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from barista.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +19,7 @@ NODES = 5
 NAMESPACE = "barista-test"
 
 
+@pytest.mark.long
 def test_workers_are_spread_with_a_gpu_each_and_move_when_their_node_dies(tmp_path: Path) -> None:
     from tests.distributed.workers import tiny_expert_model  # which needs torch; the simulation does without
 

@@ -163,7 +163,7 @@ def test_a_whole_model_needs_no_connection(hub: tuple[Hub, str], tmp_path: Path)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "missing"])
+@pytest.mark.parametrize("damage", [pytest.param("cut", marks=pytest.mark.long), "changed", "missing"])
 def test_pulling_again_repairs_what_differs_and_nothing_else(hub: tuple[Hub, str], tmp_path: Path, damage: str) -> None:
     assert pull(hub[1], tmp_path).returncode == 0
     folder = tmp_path / "models" / "org" / "tiny"
