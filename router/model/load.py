@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from barista.errors import BaristaError
 from experts import kernels
 from experts.checkpoint import Checkpoint
 from experts.checkpoint.names import check_names
@@ -101,7 +102,11 @@ def load_model(
 
     trunk = Trunk(spec, load, experts, min(max_len or spec.max_position, spec.max_position))
     if remote is not None:
-        remote.wait_covered(report)
+        try:
+            remote.wait_covered(report)
+        except BaristaError:
+            remote.close()  # its threads must not outlive the failure
+            raise
     return Model(spec, trunk, experts, model_dtype, remote, residency)
 
 
