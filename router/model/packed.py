@@ -21,8 +21,8 @@ def expert_layers(spec: ModelSpec) -> dict[int, FFNSpec]:
 
 def model_forms(checkpoint: Checkpoint, spec: ModelSpec, weight_format: str) -> dict[str, Format]:
     """The format of each matrix of few bits (experts.formats.forms_of), of trunk and experts."""
-    experts = forms_of(checkpoint, expert_groups(expert_layers(spec)), weight_format)
-    return _trunk_forms(checkpoint, spec, weight_format) | experts
+    trunk = _trunk_forms(checkpoint, spec, weight_format)
+    return trunk | forms_of(checkpoint, expert_groups(expert_layers(spec)), weight_format)
 
 
 def packed_experts(checkpoint: Checkpoint, spec: ModelSpec, weight_format: str) -> Part:
