@@ -11,6 +11,7 @@ cache so far, and the distinct experts that the step was routed to. read_bandwid
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import time
@@ -31,6 +32,7 @@ from router.model.batch import Batch
 from router.model.load import Model, load_model
 from router.model.spec import MoESpec
 from router.model.tensors import trunk_tensors
+from router.precision.run import Choices
 
 BLOCK_SIZE = 16
 EMBEDDING = "model.embed_tokens.weight"
@@ -63,20 +65,6 @@ class Runner:
         assert not failed.any()
         self.length += count
         return logits
-
-
-class Routed:
-    """Notes which experts a model's layers are asked for."""
-
-    def __init__(self, model: Model) -> None:
-        self.experts: set[tuple[int, int]] = set()
-        if model.pool is not None:
-            self._begin = model.pool.begin
-            model.pool.begin = self._noted  # type: ignore[method-assign]
-
-    def _noted(self, step: int, layer: int, hidden_states: Any, topk_ids: torch.Tensor, topk_weights: Any) -> Any:
-        self.experts.update((layer, expert) for expert in topk_ids.unique().tolist())
-        return self._begin(step, layer, hidden_states, topk_ids, topk_weights)
 
 
 def decode_speed(model: Model, sequences: int, context: int, greedy: bool) -> float:
@@ -126,13 +114,15 @@ def bytes_per_step(model: Model, path: Path, held: Holding, sequences: int, cont
     ids = Ids(model.spec.vocab_size)
     runner = Runner(model, sequences, context + STEPS)
     prefill(runner, ids, sequences, context)
-    routed, total = Routed(model), 0
-    for _ in range(STEPS):
-        routed.experts.clear()
-        runner.step(ids.draw(sequences))
-        total += sum(of_expert[layer] for layer, _ in routed.experts) + sequences * runner.length * per_token
-    if model.pool is not None:
-        del model.pool.begin  # the class's own again
+    total = 0
+    with model.pool.through(Choices) if model.pool else contextlib.nullcontext() as choices:
+        for _ in range(STEPS):
+            runner.step(ids.draw(sequences))
+            chosen = choices.take() if choices else ()
+            experts = sum(
+                size * len(topk_ids.unique()) for size, topk_ids in zip(of_expert.values(), chosen, strict=True)
+            )
+            total += experts + sequences * runner.length * per_token
     return trunk + total // STEPS
 
 

@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from barista.machine import available_memory, usable_cores
+from benchmarks.bandwidth import read_bandwidth
 from experts.checkpoint import open_checkpoint
 from router.engine_process import EngineProcess
 from router.inspect import inspect_checkpoint
@@ -56,7 +57,7 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     await engine.start()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, engine.model.dtype))
     theirs.eval()
-    bandwidth = read_bandwidth()
+    bandwidth = read_bandwidth(threads)
     limit = bandwidth / inspect_checkpoint(open_checkpoint(path), available_memory()).active_bytes_per_token
     rows = []
     for num_sequences in map(int, args.sequences.split(",")):
@@ -133,17 +134,6 @@ def fastest_implementation(model: transformers.PreTrainedModel, prompts: list[li
     fastest = min(seconds, key=seconds.__getitem__)
     model.set_experts_implementation(fastest)
     return fastest
-
-
-def read_bandwidth() -> float:
-    """Bytes a second of summing one GiB, best of five."""
-    data = torch.ones(2**28)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - started)
-    return data.nbytes / best
 
 
 def print_table(rows: list[dict[str, Any]], *, as_json: bool) -> None:

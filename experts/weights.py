@@ -17,9 +17,8 @@ from barista.errors import CheckpointError
 from experts.checkpoint import Checkpoint, TensorInfo
 from experts.checkpoint.names import SCALE_SUFFIX
 from experts.formats import FP8, TILED
+from experts.formats.formats import FP8_BLOCK
 from experts.kernels.weight import Fp8Weight, TiledWeight, Weight
-
-FP8_BLOCK = 128
 
 _TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,

@@ -20,6 +20,7 @@ class WeightStruct(ctypes.Structure):
         ("data", ctypes.c_void_p),
         ("out", ctypes.c_int64),
         ("in_", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
         ("weights", ctypes.c_int32),
     )
 
@@ -42,7 +43,7 @@ def weight_struct(weight: Weight | None, dtype: torch.dtype) -> WeightStruct:
         return WeightStruct()
     assert fits_rows(weight, dtype)
     assert not isinstance(weight, Tensor) or weight.is_contiguous()
-    return WeightStruct(address_of_weight(weight), *weight.shape, code_of(weight))
+    return WeightStruct(address_of_weight(weight), *weight.shape, weight.shape[1], code_of(weight))
 
 
 def weight_structs(weights: Sequence[Weight], dtype: torch.dtype) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from experts.formats import FP8, Format, codec
 from experts.formats.formats import FP8_BLOCK
-from experts.kernels.dtypes import PLAIN_WEIGHTS, ROWS_OF
+from experts.kernels.dtypes import DTYPES, PLAIN_WEIGHTS, ROWS_OF
 from experts.kernels.library import current
 
 
@@ -114,7 +114,7 @@ def parts_of(weight: Weight) -> tuple[Tensor, ...]:
 
 def take_rows(weight: Weight, ids: Tensor) -> Tensor:
     """Rows of an embedding [num, in]; ids: [n]. In the weight's dtype; float32 for other formats."""
-    return weight[ids] if isinstance(weight, Tensor) else weight.rows(ids)
+    return weight.index_select(0, ids) if isinstance(weight, Tensor) else weight.rows(ids)
 
 
 def encode(form: Format, weight: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def encode(form: Format, weight: Tensor) -> Tensor:
     status = functions.bk_encode(
         form.code,
         weight.data_ptr(),
-        {torch.float32: 0, torch.bfloat16: 1}[weight.dtype],
+        DTYPES[weight.dtype],
         *weight.shape,
         packed.data_ptr(),
     )

@@ -139,10 +139,10 @@ void bk_attention(const void* q, const void* keys, int64_t key_block_stride, int
 // Structs are filled once, when a model is loaded, and begin with their own size; the functions answer -1, with nothing
 // done, to a size that is not theirs.
 
-// A weight [out, in]. Plain ones lie row by row without gaps.
+// A weight [out, in]. stride: of a plain one, elements from one row to the next.
 struct bk_weight {
     const void* data;
-    int64_t out, in;
+    int64_t out, in, stride;
     int32_t weights;  // enum bk_weights
 };
 

@@ -3,18 +3,14 @@
 namespace bk {
 namespace {
 
-typedef uint8_t u8v __attribute__((vector_size(kLanes)));
-
 // The values of e4m3 divided by 256: its bits are those of a float16 with a smaller exponent. 0x7f and 0xff are NaN.
 BK_INLINE f32v widen_fp8(u8v v) {
-    const u16v bits = __builtin_convertvector(v, u16v);
-    const u16v magnitude = bits & 0x7f;
-    const u16v nan = (u16v)(magnitude == 0x7f) & 0x7e00;
-    return widen_half((magnitude << 7) | ((bits & 0x80) << 8) | nan);
+    const u16v bits = widen_signed(v);
+    const u16v nan = (u16v)((bits & 0x7f) == 0x7f) & 0x7e00;
+    return widen_half((bits << 7 & 0xbfff) | nan);  // the sign stands in bits 14 and 15 by then
 }
 
-// out[r][0..3] = the dot products of row x[r] with weight rows w[0..3]; scales: of their blocks, the factor of 256
-// that widen_fp8 leaves included by the caller.
+// out[r][0..3] = the dot products of row x[r] with weight rows w[0..3]; scales: of their blocks, one behind the other.
 template <int Rows>
 BK_INLINE void dot_quad(const float* const* x, const uint8_t* const* w, const float* scales, int64_t in, float* out,
                         int64_t out_stride) {
@@ -22,16 +18,21 @@ BK_INLINE void dot_quad(const float* const* x, const uint8_t* const* w, const fl
     for (int64_t begin = 0; begin < in; begin += kFp8Block, ++scales) {
         const int64_t end = begin + kFp8Block < in ? begin + kFp8Block : in;
         f32v acc[Rows][kQuad] = {};
-        for (int64_t i = begin; i < end; i += kLanes) {
-            const int64_t count = end - i;
-            f32v v[kQuad];
-            for (int j = 0; j < kQuad; ++j)
-                v[j] = widen_fp8(count >= kLanes ? load_raw<u8v>(w[j] + i) : load_raw_partial<u8v>(w[j] + i, count));
-            for (int r = 0; r < Rows; ++r)
-                for (int j = 0; j < kQuad; ++j) acc[r][j] = fma(load_raw<f32v>(x[r] + i), v[j], acc[r][j]);
-        }
-        const f32v scale = splat(*scales * 256.0f);
+        auto add = [&](int64_t i, int j, f32v v) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+            for (int r = 0; r < Rows; ++r) acc[r][j] = fma(load_raw<f32v>(x[r] + i), v, acc[r][j]);
+        };
+        int64_t i = begin;
+        for (; i + kLanes <= end; i += kLanes)
+#pragma GCC unroll 4
+            for (int j = 0; j < kQuad; ++j) add(i, j, widen_fp8(load_raw<u8v>(w[j] + i)));
+        if (i < end)
+#pragma GCC unroll 4
+            for (int j = 0; j < kQuad; ++j) add(i, j, widen_fp8(load_raw_partial<u8v>(w[j] + i, end - i)));
+        const f32v scale = splat(*scales * 256.0f);  // what widen_fp8 leaves out
+#pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
             for (int j = 0; j < kQuad; ++j) total[r][j] = fma(acc[r][j], scale, total[r][j]);
     }
     for (int r = 0; r < Rows; ++r) {

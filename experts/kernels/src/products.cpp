@@ -45,7 +45,7 @@ void run_tile(const Tile<T>& tile, int64_t begin, int64_t n, int64_t block, int6
     using A = typename Dot<T>::Activation;
     const Product& product = *tile.product;
     const bk_weight& w = *product.weight;
-    const auto weight = Matrix<T>::at(w.data, w.out, w.in, w.in);
+    const auto weight = Matrix<T>::at(w.data, w.out, w.in, w.stride);
     const A* bias = product.bias ? static_cast<const A*>(product.bias) + tile.first : nullptr;
     const int64_t end = n * (block + 1) / num_blocks;
     alignas(64) float sums[kRowsPerTask * kTile];

@@ -5,22 +5,7 @@
 
 namespace bk {
 
-typedef uint8_t u8v __attribute__((vector_size(kLanes)));
-
 BK_INLINE f32v load_scales(const f16* scales) { return widen_half(load_raw<u16v>(scales)); }
-
-// Sign-extended. GCC makes three times as many instructions of a plain conversion.
-BK_INLINE u16v widen_signed(u8v bits) {
-#if defined(__AVX512BW__)
-    return (u16v)_mm256_cvtepi8_epi16((__m128i)bits);
-#elif defined(__AVX2__)
-    return (u16v)_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&bits)));
-#else
-    typedef int8_t i8v __attribute__((vector_size(kLanes)));
-    typedef int16_t i16v __attribute__((vector_size(kLanes * 2)));
-    return (u16v) __builtin_convertvector((i8v)bits, i16v);
-#endif
-}
 
 BK_INLINE f32v widen_scale8(u8v bits) {
     return widen_half(widen_signed(bits) << 7 & 0xbfff);  // the sign stands in bits 14 and 15 by now
