@@ -70,6 +70,15 @@ def test_a_model_takes_the_memory_that_was_computed_from_its_headers(
     assert {name: held[name] for name in expected.keys() - gates} == {n: expected[n] for n in expected.keys() - gates}
 
 
+@pytest.mark.parametrize(("family", "expected"), [("llama", "int8"), ("qwen3", "int4")])
+def test_an_embedding_keeps_eight_bits_where_it_is_the_head_too(family: str, expected: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(packable.make(family, tmp_path / "model"))
+    trunk = load_model(checkpoint, torch.float32, weight_format="int4").trunk
+    assert (trunk.head is trunk.embedding) == (expected == "int8")
+    assert not isinstance(trunk.embedding, torch.Tensor)
+    assert trunk.embedding.format.name == expected
+
+
 def test_a_worker_packs_only_the_experts_and_takes_what_was_foretold(tmp_path: Path, cache: Path) -> None:
     checkpoint = open_checkpoint(packable.make("qwen3_moe", tmp_path / "model"))
     model = expert_model(checkpoint, Holding("float32", "int4"))
