@@ -4,8 +4,8 @@
         [--llama-python PY --q8-0 M.gguf --q4-0 M.gguf] [--vllm-python PY] [--transformers-python PY] [--json]
 
 Each peer runs in the Python environment that is named (see benchmarks/peers). Rounds take everybody in turn; figures
-are medians, ratios are medians of the rounds' ratios. A share of the limit is bytes a step as stored, times steps a
-second, over the read bandwidth that the same process measured before and after. vLLM decodes its own greedy tokens, so
+are medians, ratios are medians of the rounds' ratios. A share of the limit (benchmarks/limit.py) is
+that of the same process. vLLM decodes its own greedy tokens, so
 it is compared with a greedy run of Barista in bf16.
 """
 
@@ -93,10 +93,7 @@ def row(name: str, results: dict[str, list[dict[str, Any]]], sequences: list[str
         }
     else:
         medians["shares"] = {
-            f"decode {count}": statistics.median(
-                run["decode"][count] / int(count) * run["bytes_per_step"][count] / run["read_bandwidth"]
-                for run in results[name]
-            )
+            f"decode {count}": statistics.median(run["decode"][count] / run["limit"][count] for run in results[name])
             for count in sequences
         }
         medians["read_bandwidth"] = statistics.median(run["read_bandwidth"] for run in results[name])

@@ -5,7 +5,8 @@
 A prompt of 32 tokens for each of 1, 4 and 16 sequences, three steps to warm up, then 32 steps; and one prompt of 512.
 Ids are those of one seed, so that every format touches the same experts; with --greedy each step decodes its own.
 bytes_per_step: what a step must read as it is stored, scales included: the trunk but one embedding row a token, the KV
-cache so far, and the distinct experts that the step was routed to. read_bandwidth: measured before and after, the mean.
+cache so far, and the distinct experts that the step was routed to. read_bandwidth: the median of measurements before,
+between and after the rounds. limit: tokens/s of the shortest time that a step can take (benchmarks/limit.py).
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from barista.machine import usable_cores
 from benchmarks.bandwidth import read_bandwidth
 from benchmarks.ids import CONTEXT, PREFILL, SEQUENCES, STEPS, WARM_UP, Ids
+from benchmarks.limit import Part, step_seconds
 from experts import kernels
 from experts.checkpoint import open_checkpoint
 from experts.formats import Holding, holding
@@ -30,12 +33,12 @@ from router.kv_cache.storage import allocate_cache
 from router.memory import held_bytes
 from router.model.batch import Batch
 from router.model.load import Model, load_model
+from router.model.packed import EMBEDDING, model_forms
 from router.model.spec import MoESpec
 from router.model.tensors import trunk_tensors
 from router.precision.run import Choices
 
 BLOCK_SIZE = 16
-EMBEDDING = "model.embed_tokens.weight"
 
 
 class Runner:
@@ -43,26 +46,28 @@ class Runner:
 
     def __init__(self, model: Model, sequences: int, max_len: int) -> None:
         self.model = model
-        self.blocks = -(-max_len // BLOCK_SIZE)
-        self.cache = allocate_cache(model.spec, sequences * self.blocks, BLOCK_SIZE, model.dtype)
+        blocks = -(-max_len // BLOCK_SIZE)
+        self.cache = allocate_cache(model.spec, sequences * blocks, BLOCK_SIZE, model.dtype)
         self.length = 0
+        self._seq_ids = np.arange(sequences, dtype=np.int32)
+        self._starts = self._seq_ids[:, None] * (blocks * BLOCK_SIZE)
+        self._block_tables = torch.arange(sequences * blocks, dtype=torch.int32).view(sequences, blocks)
 
     @torch.inference_mode()
     def step(self, ids: list[list[int]]) -> torch.Tensor:
         """The next tokens of every sequence, equally many. Returns logits [sequences, vocab] of the last of each."""
         sequences, count = len(ids), len(ids[0])
-        positions = torch.arange(self.length, self.length + count, dtype=torch.int32)
-        starts = torch.arange(sequences, dtype=torch.int32)[:, None] * self.blocks * BLOCK_SIZE
+        positions = np.arange(self.length, self.length + count, dtype=np.int32)
         batch = Batch(
-            token_ids=torch.tensor(ids, dtype=torch.int32).flatten(),
-            positions=positions.repeat(sequences),
-            seq_ids=torch.arange(sequences, dtype=torch.int32).repeat_interleave(count),
-            slots=(starts + positions).flatten(),
-            block_tables=torch.arange(sequences * self.blocks, dtype=torch.int32).view(sequences, self.blocks),
-            sample_rows=torch.arange(sequences) * count + count - 1,
+            token_ids=torch.from_numpy(np.array(ids, dtype=np.int32).ravel()),
+            positions=torch.from_numpy(np.tile(positions, sequences)),
+            seq_ids=torch.from_numpy(self._seq_ids.repeat(count)),
+            slots=torch.from_numpy((self._starts + positions).ravel()),
+            block_tables=self._block_tables,
+            sample_rows=torch.from_numpy(np.arange(count - 1, sequences * count, count)),
         )
         logits, failed = self.model.trunk.forward(batch, self.cache, 0)
-        assert not failed.any()
+        assert not failed.numpy().any()
         self.length += count
         return logits
 
@@ -98,32 +103,34 @@ def prefill_speed(model: Model) -> float:
     return PREFILL / (time.perf_counter() - started)
 
 
-def bytes_per_step(model: Model, path: Path, held: Holding, sequences: int, context: int) -> int:
-    """What a decode step in the middle of the run must read, the mean over the steps."""
-    checkpoint = open_checkpoint(path)
-    held_by_name = held_bytes(checkpoint, model.spec, held)
-    trunk = sum(held_by_name[name] for name in trunk_tensors(model.spec))
-    if not model.spec.tied_embeddings:
-        trunk -= held_by_name[EMBEDDING] - sequences * held_by_name[EMBEDDING] // model.spec.vocab_size
-    of_expert = {
-        index: sum(held_by_name[name] for name in layer.experts.tensors(index, 0))
-        for index, layer in enumerate(model.spec.layers)
-        if isinstance(layer, MoESpec)
+def step_parts(model: Model, path: Path, held: Holding, sequences: int, context: int) -> list[list[Part]]:
+    """What each decode step reads and multiplies."""
+    checkpoint, spec = open_checkpoint(path), model.spec
+    nbytes, forms = held_bytes(checkpoint, spec, held), model_forms(checkpoint, spec, held.format)
+
+    def part(name: str, shape: tuple[int, ...], rows: int) -> Part:
+        adds = rows * shape[0] * shape[1] if len(shape) == 2 else 0
+        return Part(nbytes[name], adds, rows, forms[name].name if name in forms else "")
+
+    trunk = {name: part(name, shape, sequences) for name, shape in trunk_tensors(spec).items()}
+    if not spec.tied_embeddings:
+        trunk[EMBEDDING] = Part(sequences * nbytes[EMBEDDING] // spec.vocab_size)
+    experts = {
+        index: layer.experts.tensors(index, 0) for index, layer in enumerate(spec.layers) if isinstance(layer, MoESpec)
     }
-    per_token = model.spec.kv_values_per_token * model.dtype.itemsize
-    ids = Ids(model.spec.vocab_size)
-    runner = Runner(model, sequences, context + STEPS)
+    per_token = spec.kv_values_per_token * model.dtype.itemsize
+    ids, runner = Ids(spec.vocab_size), Runner(model, sequences, context + STEPS)
     prefill(runner, ids, sequences, context)
-    total = 0
+    steps = []
     with model.pool.through(Choices) if model.pool else contextlib.nullcontext() as choices:
         for _ in range(STEPS):
             runner.step(ids.draw(sequences))
-            chosen = choices.take() if choices else ()
-            experts = sum(
-                size * len(topk_ids.unique()) for size, topk_ids in zip(of_expert.values(), chosen, strict=True)
-            )
-            total += experts + sequences * runner.length * per_token
-    return trunk + total // STEPS
+            parts = [*trunk.values(), Part(sequences * runner.length * per_token)]
+            for tensors, topk_ids in zip(experts.values(), choices.take() if choices else (), strict=True):
+                rows = topk_ids.unique(return_counts=True)[1].tolist()
+                parts += [part(name, shape, count) for name, shape in tensors.items() for count in rows]
+            steps.append(parts)
+    return steps
 
 
 def measure(
@@ -134,7 +141,7 @@ def measure(
     torch.set_num_threads(threads)
     checkpoint = open_checkpoint(path)
     held = holding(checkpoint, wanted)
-    before = read_bandwidth(threads)
+    bandwidths = [read_bandwidth(threads)]
     started = time.perf_counter()
     model = load_model(
         checkpoint, getattr(torch, held.dtype), weight_format=held.format, max_len=context + PREFILL + 64
@@ -147,6 +154,13 @@ def measure(
         for count in sequences:
             runs[count].append(decode_speed(model, count, context, greedy))
         prompts.append(prefill_speed(model))
+        bandwidths.append(read_bandwidth(threads))
+    bandwidth = statistics.median([*bandwidths, read_bandwidth(threads)])
+    parts = {count: step_parts(model, path, held, count, context) for count in sequences}
+    limits = {
+        count: count * STEPS / sum(step_seconds(step, bandwidth, model.dtype) for step in steps)
+        for count, steps in parts.items()
+    }
     return {
         "model": str(path),
         "format": held.name,
@@ -155,8 +169,11 @@ def measure(
         "load_seconds": round(ready, 2),
         "decode": {str(count): statistics.median(speeds) for count, speeds in runs.items()},
         "prefill_512": statistics.median(prompts),
-        "bytes_per_step": {str(count): bytes_per_step(model, path, held, count, context) for count in sequences},
-        "read_bandwidth": (before + read_bandwidth(threads)) / 2,
+        "bytes_per_step": {
+            str(count): sum(part.nbytes for step in steps for part in step) // STEPS for count, steps in parts.items()
+        },
+        "read_bandwidth": bandwidth,
+        "limit": {str(count): limit for count, limit in limits.items()},
     }
 
 
@@ -180,10 +197,9 @@ def main() -> None:
     bandwidth = result["read_bandwidth"]
     print(f"{result['format']}, {result['threads']} threads, memory read at {bandwidth / 1e9:.1f} GB/s")
     for count, speed in result["decode"].items():
-        size = result["bytes_per_step"][count]
-        share = speed / int(count) * size / bandwidth
+        size, limit = result["bytes_per_step"][count], result["limit"][count]
         print(
-            f"decode {count:>3}: {speed:7.1f} tokens/s  {size / 1e6:8.1f} MB a step, {share:.0%} of the memory's limit"
+            f"decode {count:>3}: {speed:7.1f} tokens/s  {size / 1e6:8.1f} MB a step, {speed / limit:.0%} of the limit"
         )
     print(f"prefill 512: {result['prefill_512']:.1f} tokens/s")
 

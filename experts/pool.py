@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
+
+from experts import kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,16 @@ class ExpertPool:
         self._routed.append((layer, topk_ids))
         batch = DispatchBatch(step, layer, hidden_states, topk_ids, topk_weights)
         return Pending(self._transport, self._transport.dispatch(batch))
+
+    @property
+    def tables(self) -> Mapping[int, kernels.ExpertTable] | None:
+        """The experts of each layer, where nothing but the kernels stands before them: then a step may call these itself,
+        if it counts the tokens in counter()."""
+        return getattr(self._transport, "tables", None)
+
+    def counter(self, layer: int) -> torch.Tensor:
+        """[num_experts] int64: the tokens routed to each expert of a layer so far."""
+        return self._expert_tokens[layer]
 
     @contextlib.contextmanager
     def through(self, around: Callable[[Transport], T]) -> Iterator[T]:

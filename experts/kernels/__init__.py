@@ -21,6 +21,7 @@ from experts.kernels.routing import place_rows, route, split
 from experts.kernels.rows import combine_rows, expert_rows, find_nonfinite
 from experts.kernels.step_rows import StepRows
 from experts.kernels.weight import Fp8Weight, TiledWeight, Weight, encode, encode_fp8, parts_of, take_rows
+from experts.kernels.whole_model import LayerParts, WholeModel
 
 __all__ = [
     "ExpertTable",
@@ -28,12 +29,14 @@ __all__ = [
     "GQALayer",
     "GQAParts",
     "GateLayer",
+    "LayerParts",
     "LayerTables",
     "MLALayer",
     "MLAParts",
     "StepRows",
     "TiledWeight",
     "Weight",
+    "WholeModel",
     "attention",
     "combine_rows",
     "compiled",

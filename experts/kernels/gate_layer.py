@@ -47,7 +47,7 @@ class GateLayer:
             float32_logits=spec.float32_logits,
             float32_weights=spec.float32_weights,
         )
-        self._address = ctypes.addressof(self._struct)
+        self.address = ctypes.addressof(self._struct)
 
     def __call__(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """[num_tokens, hidden] contiguous -> topk_ids [num_tokens, k] int32, topk_weights [num_tokens, k] float32."""
@@ -59,7 +59,7 @@ class GateLayer:
         topk_ids = torch.empty(num_tokens, top_k, dtype=torch.int32)
         topk_weights = torch.empty(num_tokens, top_k, dtype=torch.float32)
         status = functions.bk_choose(
-            self._address, pointer(hidden_states), topk_ids.data_ptr(), topk_weights.data_ptr(), num_tokens
+            self.address, pointer(hidden_states), topk_ids.data_ptr(), topk_weights.data_ptr(), num_tokens
         )
         assert status == 0
         return topk_ids, topk_weights

@@ -101,7 +101,7 @@ class GQALayer:
             qk_norm=_QK_NORMS[parts.qk_norm],
             interleaved=parts.interleaved,
         )
-        self._address = ctypes.addressof(self._struct)
+        self.address = ctypes.addressof(self._struct)
 
     def __call__(self, update: Tensor | None, step: StepRows) -> Tensor:
         """residual += update; residual += attention(norm(residual)); returns norm(residual), what the FFN takes.
@@ -112,7 +112,7 @@ class GQALayer:
         if functions is None:
             return gqa_in_steps(self._parts, update, step)
         x = step.empty_rows()
-        status = functions.bk_gqa_layer(self._address, step.address, pointer(update), x.data_ptr())
+        status = functions.bk_gqa_layer(self.address, step.address, pointer(update), x.data_ptr())
         assert status == 0
         return x
 

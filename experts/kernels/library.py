@@ -43,6 +43,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "bk_gqa_layer": ([_P, _P, _P, _P], _I),
     "bk_mla_layer": ([_P, _P, _P, _P], _I),
     "bk_choose": ([_P, _P, _P, _P, _L], _I),
+    "bk_forward": ([_P, _P, _P, _P], _I),
 }
 
 

@@ -114,7 +114,7 @@ class MLALayer:
             latent_eps=parts.latent_eps,
             interleaved=parts.interleaved,
         )
-        self._address = ctypes.addressof(self._struct)
+        self.address = ctypes.addressof(self._struct)
 
     def __call__(self, update: Tensor | None, step: StepRows) -> Tensor:
         """See GQALayer: the cache holds the normalised latent and the rotated shared key."""
@@ -122,7 +122,7 @@ class MLALayer:
         if functions is None:
             return mla_in_steps(self._parts, update, step)
         x = step.empty_rows()
-        status = functions.bk_mla_layer(self._address, step.address, pointer(update), x.data_ptr())
+        status = functions.bk_mla_layer(self.address, step.address, pointer(update), x.data_ptr())
         assert status == 0
         return x
 

@@ -12,7 +12,7 @@ class LocalTransport:
     """tables: one kernels.ExpertTable for each MoE layer, by layer index."""
 
     def __init__(self, tables: dict[int, kernels.ExpertTable]) -> None:
-        self._tables = tables
+        self.tables = tables
 
     def dispatch(self, batch: DispatchBatch) -> DispatchBatch:
         """Nothing travels: the ticket is the batch, computed in combine."""
@@ -20,5 +20,5 @@ class LocalTransport:
 
     def combine(self, ticket: DispatchBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the layer."""
-        table = self._tables[ticket.layer]
+        table = self.tables[ticket.layer]
         return kernels.moe(ticket.hidden_states, ticket.topk_ids, ticket.topk_weights, table)

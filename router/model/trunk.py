@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -22,12 +23,6 @@ class Load(Protocol):
     def __call__(self, name: str, dtype: torch.dtype | None = None) -> Any: ...
 
 
-class FFN(Protocol):
-    """A layer's feed-forward half: [num_tokens, hidden] -> the same, and failed [num_tokens] bool."""
-
-    def __call__(self, x: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
 class Trunk:
     """A loaded model. forward is the only entry; it keeps nothing of a request but what it writes to the cache."""
 
@@ -39,6 +34,8 @@ class Trunk:
         self.max_len = max_len
         self.cos, self.sin = cos_sin_table(spec.attention.rope, max_len)
         self.layers = [DecoderLayer(spec, i, load, pool, self.final_norm.dtype) for i in range(spec.num_layers)]
+        self._pool = pool
+        self._whole: kernels.WholeModel | None = None
 
     def forward(self, batch: Batch, cache: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One step. cache: [num_layers, ...] as kv_cache/storage.py lays it out; its slots of this batch are written.
@@ -46,6 +43,20 @@ class Trunk:
         Returns logits [num_samples, vocab] float32, and failed [num_tokens] bool: rows whose experts gave no finite
         answer.
         """
+        whole = self._whole_model()
+        if whole is None:
+            return self._layer_by_layer(batch, cache, step)
+        return whole.forward(
+            cache,
+            token_ids=batch.token_ids,
+            positions=batch.positions,
+            seq_ids=batch.seq_ids,
+            slots=batch.slots,
+            block_tables=batch.block_tables,
+            sample_rows=batch.sample_rows,
+        )
+
+    def _layer_by_layer(self, batch: Batch, cache: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = kernels.take_rows(self.embedding, batch.token_ids).to(self.final_norm.dtype)
         rows = kernels.StepRows(
             hidden,
@@ -68,6 +79,23 @@ class Trunk:
         final = kernels.rms_norm(update, self.final_norm, self.spec.rms_norm_eps, residual=hidden)
         return kernels.linear(final, self.head, out_dtype=torch.float32), torch.stack(failed).any(0)
 
+    def _whole_model(self) -> kernels.WholeModel | None:
+        """The same in one call, where the kernels are compiled and nothing stands before the experts."""
+        tables = self._pool.tables if self._pool else {}
+        if tables is None or not kernels.compiled():
+            return None
+        if self._whole is None:
+            self._whole = kernels.WholeModel(
+                [layer.parts(tables) for layer in self.layers],
+                self.embedding,
+                self.head,
+                self.final_norm,
+                self.spec.rms_norm_eps,
+                self.cos,
+                self.sin,
+            )
+        return self._whole
+
 
 class DecoderLayer:
     """Pre-norm attention and FFN. The residual is updated in place; the next norm adds the FFN's output."""
@@ -76,7 +104,7 @@ class DecoderLayer:
         prefix = f"model.layers.{index}."
         self.attention = build_attention(spec, index, lambda name: load(prefix + name))
         layer = spec.layers[index]
-        self.ffn: FFN
+        self.ffn: SwiGLU | MoE
         if isinstance(layer, DenseFFNSpec):
             self.ffn = SwiGLU(load, prefix + "mlp.", dtype)
         else:
@@ -88,6 +116,19 @@ class DecoderLayer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """residual += update, then attention and FFN; returns the FFN's output, not yet added, and the failed rows."""
         return self.ffn(self.attention(update, rows), step)
+
+    def parts(self, tables: Mapping[int, kernels.ExpertTable]) -> kernels.LayerParts:
+        """What one call for all layers takes of this one. tables: the experts of each MoE layer."""
+        if isinstance(self.ffn, SwiGLU):
+            return kernels.LayerParts(self.attention, None, None, self.ffn.table, None)
+        moe = self.ffn
+        return kernels.LayerParts(
+            self.attention,
+            moe.gate,
+            tables[moe.index],
+            moe.shared.table if moe.shared else None,
+            moe.pool.counter(moe.index),
+        )
 
 
 class SwiGLU:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import os
 import secrets
 import signal
@@ -155,7 +156,8 @@ def shared_memory(processes: set[psutil.Process]) -> set[Path]:
 
 @dataclass(frozen=True)
 class Answer:
-    """A stream to its end. tokens: their texts and logprobs. longest_gap: seconds between two, or until the first."""
+    """A stream to its end. tokens: their texts and logprobs. longest_gap: seconds between two of them. The
+    time to the first is not in it: a busy machine needs it for the client, too."""
 
     text: str
     tokens: tuple[tuple[str, float], ...]
@@ -165,7 +167,7 @@ class Answer:
 
 def ask(client: openai.OpenAI, number: int, on_token: Callable[[], None] = lambda: None) -> Answer:
     """The answer to one of KINDS questions, which is a function of its number. Raises what the client raises."""
-    last, gap, text, finish_reason = time.monotonic(), 0.0, "", None
+    last, gap, text, finish_reason = math.inf, 0.0, "", None
     tokens: list[tuple[str, float]] = []
     for chunk in client.chat.completions.create(**_question(number), stream=True):
         choice, now = chunk.choices[0], time.monotonic()

@@ -47,7 +47,7 @@ void bk_linear(const void* x, int64_t x_stride, const void* weight, int64_t weig
 // Tiles from a matrix [out, in] of dtype, in a multiple of 64; finite values only. INT8, INT4 and MXFP4; -1 for others.
 int32_t bk_encode(int32_t weights, const void* from, int32_t dtype, int64_t out, int64_t in, void* to);
 
-// Rows of a matrix in tiles: to [n, in]. -1 if it is no kind of tiles.
+// Rows of a matrix of few bits: to [n, in]. -1 if it is a plain one.
 int32_t bk_decode(int32_t weights, const void* from, int64_t in, const int64_t* rows, int64_t n, float* to);
 
 // y [n, width] = weight [width] * round(x / rms(x)), as transformers' LlamaRMSNorm. With a residual (or NULL):
@@ -225,6 +225,60 @@ struct bk_gate_layer {
 
 // x: [n, hidden] of dtype; the rest as in bk_gate.
 int32_t bk_choose(const struct bk_gate_layer* gate, const void* x, int32_t* topk_ids, float* topk_weights, int64_t n);
+
+// The experts of one layer, as bk_moe takes them. num_experts: 0 where there are none.
+struct bk_experts {
+    const void* const* gate;
+    const void* const* up;
+    const void* const* down;
+    int64_t num_experts, hidden, intermediate;
+    int32_t weights;  // enum bk_weights
+};
+
+// One decoder layer: either gqa or mla, and the other NULL. gate: NULL where the FFN is dense, else with its experts.
+// shared: one expert that every token takes, the dense FFN or the shared experts, whose rows are added to the routed
+// ones and rounded. expert_tokens [routed.num_experts]: the tokens of each expert, which are counted up.
+struct bk_decoder_layer {
+    int64_t size;
+    const struct bk_gqa* gqa;
+    const struct bk_mla* mla;
+    const struct bk_gate_layer* gate;
+    struct bk_experts routed, shared;
+    int64_t* expert_tokens;
+};
+
+// A model whose experts are all in this process. embedding, head: [vocab, hidden]; final_norm: [hidden] of dtype, which
+// all rows have; cos, sin: [max_len, half].
+struct bk_model {
+    int64_t size;
+    struct bk_weight embedding, head;
+    const void* final_norm;
+    const float* cos;
+    const float* sin;
+    int64_t half, max_len, num_layers;
+    const struct bk_decoder_layer* const* layers;
+    float eps;
+    int32_t dtype;
+};
+
+// One step's rows. token_ids, positions, seq_ids, slots: [num_rows]; sample_rows: [num_samples], the rows whose logits
+// are wanted; the rest as in bk_step.
+struct bk_batch {
+    int64_t size;
+    int64_t num_rows, num_samples, max_blocks, block_size, layer_stride, plane_stride;
+    void* cache;
+    const int32_t* token_ids;
+    const int32_t* positions;
+    const int32_t* seq_ids;
+    const int32_t* slots;
+    const int32_t* block_tables;
+    const int64_t* sample_rows;
+};
+
+// A step, from tokens to logits [num_samples, vocab]. failed [num_rows]: 1 where a row of any layer was not finite.
+// Returns -1 if a struct's size is wrong, a token or a position is out of range, or an expert is not held, with rows of
+// the cache spoilt perhaps; else 0.
+int32_t bk_forward(const struct bk_model* model, const struct bk_batch* batch, float* logits, uint8_t* failed);
 
 #ifdef __cplusplus
 }

@@ -283,6 +283,9 @@ extern "C" int32_t bk_decode(int32_t weights, const void* from, int64_t in, cons
         case BK_WEIGHTS_Q4_0:
             bk::decode<bk::Q4_0Tile>(from, in, rows, n, to);
             return 0;
+        case BK_WEIGHTS_FP8:
+            for (int64_t i = 0; i < n; ++i) bk::decode_fp8(*static_cast<const bk_fp8*>(from), in, rows[i], to + i * in);
+            return 0;
         default:
             return -1;
     }

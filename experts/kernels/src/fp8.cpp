@@ -60,6 +60,15 @@ void multiply(const float* const* x, int64_t num_rows, const Matrix<Fp8<A>>& wei
     }
 }
 
+void decode_fp8(const bk_fp8& weight, int64_t in, int64_t row, float* to) {
+    const uint8_t* values = weight.values + row * in;
+    const float* scales = weight.scales + row / kFp8Block * ceil_div(in, kFp8Block);
+    for (int64_t i = 0; i < in; i += kLanes) {  // lanes divide the blocks
+        const u8v bits = i + kLanes <= in ? load_raw<u8v>(values + i) : load_raw_partial<u8v>(values + i, in - i);
+        store(to + i, widen_fp8(bits) * (scales[i / kFp8Block] * 256.0f), in - i);
+    }
+}
+
 template void multiply(const float* const*, int64_t, const Matrix<Fp8<float>>&, int64_t, int64_t, float*, int64_t);
 template void multiply(const float* const*, int64_t, const Matrix<Fp8<bf16>>&, int64_t, int64_t, float*, int64_t);
 

@@ -38,4 +38,7 @@ template <class A>
 void multiply(const float* const* x, int64_t num_rows, const Matrix<Fp8<A>>& weight, int64_t first, int64_t last,
               float* out, int64_t out_stride);
 
+// One row, with its scales applied.
+void decode_fp8(const bk_fp8& weight, int64_t in, int64_t row, float* to);
+
 }  // namespace bk

@@ -107,12 +107,6 @@ void gate_row(const float* logits, const float* select_bias, const bk_gate_spec&
     }
 }
 
-// to = from in another dtype.
-template <class To, class From>
-void convert(To* to, const From* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i, count - i), count - i);
-}
-
 // The logits [n, num_experts] in float32, with the rounding of the dtype that they are computed in.
 const float* logits_of(const bk_gate_layer& gate, const void* x, int64_t n) {
     thread_local Buffer rows_buffer, narrow_buffer, logits_buffer;

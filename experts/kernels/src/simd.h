@@ -119,6 +119,10 @@ BK_INLINE f32v load(const bf16* p, int64_t count = kLanes) {
     return widen(count >= kLanes ? load_raw<u16v>(p) : load_raw_partial<u16v>(p, count * 2));
 }
 
+BK_INLINE f32v load(const f16* p, int64_t count = kLanes) {
+    return widen_half(count >= kLanes ? load_raw<u16v>(p) : load_raw_partial<u16v>(p, count * 2));
+}
+
 BK_INLINE void store(float* p, f32v v, int64_t count = kLanes) {
     std::memcpy(p, &v, count >= kLanes ? sizeof v : static_cast<size_t>(count) * 4);
 }
@@ -217,5 +221,11 @@ BK_INLINE f32v exp(f32v x) {
 }
 
 BK_INLINE f32v silu(f32v x) { return x / (1.0f + exp(-x)); }
+
+// to = from in another dtype.
+template <class To, class From>
+void convert(To* to, const From* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i, count - i), count - i);
+}
 
 }  // namespace bk
