@@ -11,9 +11,9 @@ import torch
 BLOCK = 2**28  # bytes for each thread, far more than the caches hold
 
 
-def read_bandwidth(threads: int, repeats: int = 5) -> float:
+def read_bandwidth(threads: int, repeats: int = 9) -> float:
     """Bytes a second of summing BLOCK bytes in each of so many threads: the median of some repeats."""
-    blocks = [torch.ones(BLOCK // 8, dtype=torch.int64) for _ in range(threads)]
+    blocks = [torch.ones(BLOCK // 4) for _ in range(threads)]
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # each of our threads sums its own block
     try:
