@@ -34,8 +34,16 @@ serve: $(VENV)/.kernels
 chat: $(VENV)/.kernels
 	@exec $(BIN)/barista chat $(ARGS)
 
+# The unit tests two at a time; then, alone, what starts whole systems and measures how long they are silent.
 test: setup $(VENV)/.dev $(VENV)/.generator
+ifeq ($(ARGS),)
+	@failed=0; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit || failed=1; \
+	$(BIN)/python -m pytest tests/distributed tests/e2e || failed=1; \
+	exit $$failed
+else
 	@$(BIN)/python -m pytest $(ARGS)
+endif
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

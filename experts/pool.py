@@ -88,8 +88,9 @@ class ExpertPool:
 
     @property
     def tables(self) -> Mapping[int, kernels.ExpertTable] | None:
-        """The experts of each layer, where nothing but the kernels stands before them: then a step may call these itself,
-        if it counts the tokens in counter()."""
+        """The experts of each layer, where nothing but the kernels stands before them. A step may then call
+        them itself, if it counts their tokens in counter().
+        """
         return getattr(self._transport, "tables", None)
 
     def counter(self, layer: int) -> torch.Tensor:

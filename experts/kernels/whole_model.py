@@ -148,7 +148,7 @@ class WholeModel:
         block_tables: Tensor,
         sample_rows: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """A step. cache and int32 tensors as in StepRows; token_ids: [num_rows] int32; sample_rows: [num_samples] int64.
+        """A step. token_ids: [num_rows] int32; sample_rows: [num_samples] int64; the rest as in StepRows.
 
         Returns logits [num_samples, vocab] float32, and failed [num_rows] bool: rows whose experts gave no finite
         answer in some layer. Raises IndexError: a token or a position is out of range.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from experts.checkpoint import open_checkpoint
 from router.kv_cache.storage import allocate_cache
 from router.model.batch import Batch
 from router.model.load import Model, load_model
-from tests import tiny
+from tests import packable, tiny
 from tests.kernel_variants import variant  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("variant")
@@ -90,3 +91,28 @@ def test_a_row_that_fails_in_any_layer_fails_alone(folder: Path) -> None:
     assert 0 < int(actual[1].sum()) < len(actual[1])
     well = ~actual[1][[2, 3, 9]]
     assert torch.equal(actual[0][well], expected[0][well])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("weight_format", ["fp8", "int8", "int4", "mxfp4"])
+def test_weights_of_few_bits_give_the_same_bytes_too(
+    weight_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packable.own_cache(tmp_path / "cache", monkeypatch)
+    folder = packable.make("glm4_moe", tmp_path / "model")
+    model = load_model(open_checkpoint(folder), torch.bfloat16, weight_format=weight_format)
+    assert not isinstance(model.trunk.embedding, torch.Tensor)
+    for ours, theirs in zip(outcome(model), layer_by_layer(model), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@torch.inference_mode()
+def test_a_token_or_a_position_that_the_model_does_not_have_is_refused(folder: Path) -> None:
+    model = load_model(open_checkpoint(folder), torch.float32, max_len=16)
+    cache = allocate_cache(model.spec, 6, BLOCK, model.dtype)
+    batch = prompt()
+    for name, wrong in (("token_ids", model.spec.vocab_size), ("token_ids", -1), ("positions", 16)):
+        numbers = getattr(batch, name).clone()
+        numbers[1] = wrong
+        with pytest.raises(IndexError):
+            model.trunk.forward(dataclasses.replace(batch, **{name: numbers}), cache, 0)

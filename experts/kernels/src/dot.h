@@ -40,9 +40,7 @@ struct Dot<f16> {
     static constexpr int kPackedStep = kLanes;
 
     static BK_INLINE Weights weights(const f16* w) { return load(w); }
-    static BK_INLINE Weights weights_partial(const f16* w, int64_t n) {
-        return load(w, n);
-    }
+    static BK_INLINE Weights weights_partial(const f16* w, int64_t n) { return load(w, n); }
     static BK_INLINE void add(f32v& acc, const float* x, const Weights& w) { acc = fma(load_raw<f32v>(x), w, acc); }
     static BK_INLINE void pack(float* to, const float* from, int64_t n) { store(to, load(from, n)); }
 };
