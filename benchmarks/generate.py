@@ -1,10 +1,12 @@
 """Barista beside transformers' generate on one checkpoint, in one run.
 
-    python -m benchmarks.generate [MODEL] [--sequences 1,16] [--prompt 32] [--tokens 64] [--rounds 3] [--json]
+    python -m benchmarks.generate [MODEL] [--format F] [--sequences 1,16] [--prompt 32] [--tokens 64] [--rounds 3]
+                                  [--json]
 
-Both read the checkpoint in the same dtype on the same threads and decode greedily; a figure is generated tokens divided
-by the wall time of the whole call, prompt included. transformers runs its fastest experts implementation, chosen by
-measuring each first. Rounds alternate between the two, and the ratio is the median of the rounds' ratios.
+Both read the checkpoint in the same dtype, unless --format holds our weights in fewer bits, on the same threads, and
+decode greedily; a figure is generated tokens divided by the wall time of the whole call, prompt included. transformers
+runs its fastest experts implementation, chosen by measuring each first. Rounds alternate between the two, and the ratio
+is the median of the rounds' ratios.
 The limit is active bytes a token over the read bandwidth measured in the same run: what one sequence cannot exceed.
 """
 
@@ -37,6 +39,7 @@ def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=BUILT_IN)
+    parser.add_argument("--format", default="auto", help="of our weights")
     parser.add_argument("--sequences", default="1,16")
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
@@ -53,12 +56,14 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     threads = usable_cores()
     path = resolve(args.model) if args.model != BUILT_IN else prepare_built_in(lambda fraction, message: None)
     torch.set_num_threads(threads)
-    engine = EngineProcess(EngineConfig(path=str(path), threads=threads))
+    engine = EngineProcess(EngineConfig(path=str(path), threads=threads, format=args.format))
     await engine.start()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, engine.model.dtype))
     theirs.eval()
     bandwidth = read_bandwidth(threads)
-    limit = bandwidth / inspect_checkpoint(open_checkpoint(path), available_memory()).active_bytes_per_token
+    limit = (
+        bandwidth / inspect_checkpoint(open_checkpoint(path), available_memory(), args.format).active_bytes_per_token
+    )
     rows = []
     for num_sequences in map(int, args.sequences.split(",")):
         prompts = random_prompts(num_sequences, args.prompt, engine.model.vocab_size)
@@ -79,6 +84,7 @@ async def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "ratio": statistics.median(a / b for a, b in zip(ours, peer, strict=True)),
                 "limit": limit if num_sequences == 1 else None,
                 "read_gb_s": bandwidth / 1e9,
+                "format": args.format,
                 "dtype": engine.model.dtype,
                 "threads": threads,
             }
@@ -147,7 +153,9 @@ def print_table(rows: list[dict[str, Any]], *, as_json: bool) -> None:
         share = f"{row['barista'] / row['limit']:.0%} of {row['limit']:.0f}" if row["limit"] else ""
         peer = f"{row['transformers']:.1f} ({row['experts_implementation']})"
         print(f"| {row['sequences']} | {row['barista']:.1f} | {peer} | {row['ratio']:.2f}x | {share} |")
-    print(f"\n{rows[0]['dtype']}, {rows[0]['threads']} threads, read bandwidth {rows[0]['read_gb_s']:.1f} GB/s.")
+    form = rows[0]["format"] if rows[0]["format"] != "auto" else rows[0]["dtype"]
+    print(f"\nBarista in {form}, transformers in {rows[0]['dtype']}; {rows[0]['threads']} threads.")
+    print(f"Read bandwidth {rows[0]['read_gb_s']:.1f} GB/s.")
 
 
 def progress(message: str) -> None:

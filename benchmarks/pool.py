@@ -1,7 +1,7 @@
 """Experts on workers beside experts in the engine, in one run: the wire, tokens a second, and a worker's death.
 
-    python -m benchmarks.pool [--model M] [--workers 2] [--threads 1] [--sequences 1,16] [--transport shm|grpc]
-                              [--tls-dir DIR] [--tokens 64] [--rounds 3] [--fault] [--json]
+    python -m benchmarks.pool [--model M] [--format F] [--workers 2] [--threads 1] [--sequences 1,16]
+                              [--transport shm|grpc] [--tls-dir DIR] [--tokens 64] [--rounds 3] [--fault] [--json]
 
 The workers are started with Ray, in a cluster of this run alone or the one at RAY_ADDRESS, which `ray job submit` sets.
 
@@ -73,6 +73,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="python -m benchmarks.pool", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=BUILT_IN)
+    parser.add_argument("--format", default="auto", help="of the weights")
     parser.add_argument("--workers", type=_positive, default=2)
     parser.add_argument("--threads", type=_positive, default=1, help="of each worker")
     parser.add_argument("--sequences", type=_positives, default=[1, 16])
@@ -92,6 +93,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     path = resolve(args.model) if args.model != BUILT_IN else prepare_built_in(lambda fraction, message: None)
     results: dict[str, Any] = {
         "model": args.model,
+        "format": args.format,
         "workers": args.workers,
         "worker_threads": args.threads,
         "engine_threads": usable_cores(),
@@ -100,12 +102,12 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
     async with started_pool(args, path) as (pool, address):
         transports = ("shm", "grpc") if args.transport == "shm" else ("grpc",)
         addresses = [replace(address, transport=transport) for transport in transports]
-        async with started_engine(path, address) as remote:
+        async with started_engine(path, args.format, address) as remote:
             await whole(pool, remote)
             results["wire"] = await asyncio.to_thread(
-                lambda: list(measure_wires(path, addresses, args.rounds, WIRE_CALLS))
+                lambda: list(measure_wires(path, args.format, addresses, args.rounds, WIRE_CALLS))
             )
-            async with started_engine(path, None) as local:
+            async with started_engine(path, args.format, None) as local:
                 results["generate"] = [await compare(remote, local, count, args) for count in args.sequences]
             if args.fault:
                 results["fault"] = await measure_fault(pool, remote, args)
@@ -120,6 +122,7 @@ async def started_pool(args: argparse.Namespace, path: Path) -> AsyncIterator[tu
     """The workers, as `barista serve` starts them."""
     config = ServeConfig(
         model=str(path),
+        format=args.format,
         workers=args.workers,
         worker_threads=args.threads,
         transport=args.transport,
@@ -133,9 +136,9 @@ async def started_pool(args: argparse.Namespace, path: Path) -> AsyncIterator[tu
 
 
 @asynccontextmanager
-async def started_engine(path: Path, pool: PoolAddress | None) -> AsyncIterator[EngineProcess]:
+async def started_engine(path: Path, weight_format: str, pool: PoolAddress | None) -> AsyncIterator[EngineProcess]:
     """An engine with all cores' threads. pool: None for experts of its own."""
-    engine = EngineProcess(EngineConfig(path=str(path), threads=usable_cores()))
+    engine = EngineProcess(EngineConfig(path=str(path), format=weight_format, threads=usable_cores()))
     try:
         await engine.start(pool=pool)
         yield engine
@@ -256,7 +259,7 @@ def generate_row(sequences: int, workers: Sequence[float], local: Sequence[float
 def report(results: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        f"{results['model']}: {results['workers']} workers of {results['worker_threads']} thread(s), engines of "
+        f"{results['model']}, format {results['format']}: {results['workers']} workers of {results['worker_threads']} thread(s), engines of "
         f"{results['engine_threads']}; load average {results['load']:.1f} at the start.",
         "",
         "| wire | call p50, µs | p99 | compute | above p50 | above p99 | local | call - local |",

@@ -17,8 +17,9 @@ from experts import kernels
 from experts.checkpoint import open_checkpoint
 from experts.expert_model import ExpertModel, expert_bytes
 from experts.expert_weights import ExpertReader
-from experts.formats import Holding, held_dtype
+from experts.formats import holding
 from experts.numerics import numerics_id
+from experts.packed.experts import expert_part
 from experts.remote import PoolConfig, RemotePool
 from router.messages import PoolAddress
 from router.model.expert_model import expert_model
@@ -55,10 +56,10 @@ class Rows:
         }
 
 
-def read_model(path: Path) -> ExpertModel:
-    """The experts of a checkpoint, held as the engine holds them by default."""
+def read_model(path: Path, weight_format: str) -> ExpertModel:
+    """The experts of a checkpoint, held as the engine holds them. weight_format: as `--format`."""
     checkpoint = open_checkpoint(path)
-    return expert_model(checkpoint, Holding(held_dtype(checkpoint)))
+    return expert_model(checkpoint, holding(checkpoint, weight_format))
 
 
 @contextmanager
@@ -102,9 +103,13 @@ class LocalExperts:
     """The same experts in this process, computed by one thread."""
 
     def __init__(self, model: ExpertModel) -> None:
-        reader = ExpertReader(open_checkpoint(model.path), getattr(torch, model.dtype))
+        checkpoint, dtype = open_checkpoint(model.path), getattr(torch, model.dtype)
+        part = expert_part(checkpoint, model.layers, model.format)  # the workers have packed it
+        reader = ExpertReader(part.over(checkpoint), dtype)
         self._tables = {
-            layer: kernels.ExpertTable({e: reader.read(s, layer, e) for e in range(s.num_experts)}, s.num_experts)
+            layer: kernels.ExpertTable(
+                {e: reader.read(s, layer, e) for e in range(s.num_experts)}, s.num_experts, dtype=dtype
+            )
             for layer, s in model.layers.items()
         }
 
@@ -121,9 +126,11 @@ class LocalExperts:
         return seconds
 
 
-def measure_wires(path: Path, addresses: Sequence[PoolAddress], rounds: int, calls: int) -> Iterator[dict[str, Any]]:
+def measure_wires(
+    path: Path, weight_format: str, addresses: Sequence[PoolAddress], rounds: int, calls: int
+) -> Iterator[dict[str, Any]]:
     """One row for each wire, in microseconds: medians of the rounds' percentiles. calls: in a round, at least."""
-    model = read_model(path)
+    model = read_model(path, weight_format)
     rows, local = Rows(model), LocalExperts(model)
     steps = -(-calls // len(model.layers))
     here: list[list[float]] = []

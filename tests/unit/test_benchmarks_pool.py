@@ -55,6 +55,7 @@ def test_the_report_has_a_row_for_each_wire_and_number_of_sequences() -> None:
     times = WireTimes(call=[90e-6], compute=[10e-6])
     results = {
         "model": "house-blend", "workers": 2, "worker_threads": 1, "engine_threads": 2, "load": 0.5,
+        "format": "int4",
         "wire": [wire_row("shm", [times], [[20e-6]]), wire_row("grpc", [times], [[20e-6]])],
         "generate": [generate_row(16, [70.0], [100.0])],
     }  # fmt: skip
