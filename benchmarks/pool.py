@@ -259,8 +259,9 @@ def generate_row(sequences: int, workers: Sequence[float], local: Sequence[float
 def report(results: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
-        f"{results['model']}, format {results['format']}: {results['workers']} workers of {results['worker_threads']} thread(s), engines of "
-        f"{results['engine_threads']}; load average {results['load']:.1f} at the start.",
+        f"{results['model']}, format {results['format']}: {results['workers']} workers of "
+        f"{results['worker_threads']} thread(s), engines of {results['engine_threads']}; "
+        f"load average {results['load']:.1f} at the start.",
         "",
         "| wire | call p50, µs | p99 | compute | above p50 | above p99 | local | call - local |",
         "|---|---|---|---|---|---|---|---|",
