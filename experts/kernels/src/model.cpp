@@ -31,10 +31,16 @@ int32_t run_shared(const bk_experts& experts, const void* x, int64_t n, int32_t 
     return run_experts(experts, x, ids, weights, 1, n, dtype, y, failed);
 }
 
+// Adds rows [n, width].
 template <class T>
-void add(T* to, const T* from, int64_t count) {
-    for (int64_t i = 0; i < count; i += kLanes)
-        store(to + i, load(to + i, count - i) + load(from + i, count - i), count - i);
+void add_rows(T* to, const T* from, int64_t n, int64_t width) {
+    constexpr int64_t kRows = 32;
+    parallel_for((n + kRows - 1) / kRows, [&](int64_t task) {
+        const int64_t begin = task * kRows * width,
+                      end = (task + 1) * kRows < n ? (task + 1) * kRows * width : n * width;
+        for (int64_t i = begin; i < end; i += kLanes)
+            store(to + i, load(to + i, end - i) + load(from + i, end - i), end - i);
+    });
 }
 
 int32_t run_routed(const bk_decoder_layer& layer, const void* x, int64_t n, int32_t dtype, void* y, uint8_t* failed) {
@@ -61,7 +67,7 @@ int32_t run_ffn(const bk_decoder_layer& layer, const void* x, int64_t n, int32_t
         if (routed)
             dispatch(dtype, [&](auto t) {
                 using T = decltype(t);
-                add(static_cast<T*>(y), static_cast<const T*>(rows), n * hidden);
+                add_rows(static_cast<T*>(y), static_cast<const T*>(rows), n, hidden);
             });
     }
     for (int64_t t = 0; t < n; ++t) failed[t] |= (routed && here[t]) || (shared && here[n + t]);
