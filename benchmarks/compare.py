@@ -93,8 +93,7 @@ def row(name: str, results: dict[str, list[dict[str, Any]]], sequences: list[str
         }
     else:
         medians["shares"] = {
-            f"decode {count}": statistics.median(run["decode"][count] / run["limit"][count] for run in results[name])
-            for count in sequences
+            f"decode {count}": statistics.median(run["share"][count] for run in results[name]) for count in sequences
         }
         medians["read_bandwidth"] = statistics.median(run["read_bandwidth"] for run in results[name])
     return medians

@@ -5,8 +5,9 @@
 A prompt of 32 tokens for each of 1, 4 and 16 sequences, three steps to warm up, then 32 steps; and one prompt of 512.
 Ids are those of one seed, so that every format touches the same experts; with --greedy each step decodes its own.
 bytes_per_step: what a step must read as it is stored, scales included: the trunk but one embedding row a token, the KV
-cache so far, and the distinct experts that the step was routed to. read_bandwidth: the median of measurements before,
-between and after the rounds. limit: tokens/s of the shortest time that a step can take (benchmarks/limit.py).
+cache so far, and the distinct experts that the step was routed to. read_bandwidth: the median of measurements before
+and after every run. limit: tokens/s of the shortest time that a step can take (benchmarks/limit.py). share: of the
+limit, with the bandwidth just before and after a run, because that of a shared machine changes from second to second.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -133,6 +134,13 @@ def step_parts(model: Model, path: Path, held: Holding, sequences: int, context:
     return steps
 
 
+class Run(NamedTuple):
+    """Tokens a second, and bytes a second of the memory just before and after."""
+
+    speed: float
+    bandwidth: float
+
+
 def measure(
     path: Path, wanted: str, threads: int, sequences: tuple[int, ...], context: int, rounds: int, greedy: bool
 ) -> dict[str, Any]:
@@ -141,39 +149,41 @@ def measure(
     torch.set_num_threads(threads)
     checkpoint = open_checkpoint(path)
     held = holding(checkpoint, wanted)
-    bandwidths = [read_bandwidth(threads)]
     started = time.perf_counter()
     model = load_model(
         checkpoint, getattr(torch, held.dtype), weight_format=held.format, max_len=context + PREFILL + 64
     )
     ready = time.perf_counter() - started
     decode_speed(model, 1, 1, greedy)  # maps and touches what every step needs
-    runs: dict[int, list[float]] = {count: [] for count in sequences}
-    prompts = []
+    runs: dict[int, list[Run]] = {count: [] for count in sequences}
+    prompts, bandwidths = [], [read_bandwidth(threads)]
     for _ in range(rounds):
         for count in sequences:
-            runs[count].append(decode_speed(model, count, context, greedy))
+            speed = decode_speed(model, count, context, greedy)
+            bandwidths.append(read_bandwidth(threads))
+            runs[count].append(Run(speed, statistics.mean(bandwidths[-2:])))
         prompts.append(prefill_speed(model))
         bandwidths.append(read_bandwidth(threads))
-    bandwidth = statistics.median([*bandwidths, read_bandwidth(threads)])
-    parts = {count: step_parts(model, path, held, count, context) for count in sequences}
-    limits = {
-        count: count * STEPS / sum(step_seconds(step, bandwidth, model.dtype) for step in steps)
-        for count, steps in parts.items()
-    }
+    decode, stored, limits, shares = {}, {}, {}, {}
+    for count, of_count in runs.items():
+        steps = step_parts(model, path, held, count, context)
+        limit = [count * STEPS / sum(step_seconds(s, run.bandwidth, model.dtype) for s in steps) for run in of_count]
+        decode[str(count)] = statistics.median(run.speed for run in of_count)
+        stored[str(count)] = sum(part.nbytes for step in steps for part in step) // STEPS
+        limits[str(count)] = statistics.median(limit)
+        shares[str(count)] = statistics.median(run.speed / most for run, most in zip(of_count, limit, strict=True))
     return {
         "model": str(path),
         "format": held.name,
         "threads": threads,
         "context": context,
         "load_seconds": round(ready, 2),
-        "decode": {str(count): statistics.median(speeds) for count, speeds in runs.items()},
+        "decode": decode,
         "prefill_512": statistics.median(prompts),
-        "bytes_per_step": {
-            str(count): sum(part.nbytes for step in steps for part in step) // STEPS for count, steps in parts.items()
-        },
-        "read_bandwidth": bandwidth,
-        "limit": {str(count): limit for count, limit in limits.items()},
+        "bytes_per_step": stored,
+        "read_bandwidth": statistics.median(bandwidths),
+        "limit": limits,
+        "share": shares,
     }
 
 
