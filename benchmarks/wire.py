@@ -69,7 +69,7 @@ def attached(model: ExpertModel, address: PoolAddress) -> Iterator[RemotePool]:
         controller=address.controller,
         trust=Trust(address.token, None if address.tls_dir is None else Path(address.tls_dir)),
         transport=address.transport,
-        numerics_id=numerics_id(getattr(torch, model.dtype)),
+        numerics_id=numerics_id(getattr(torch, model.dtype), model.format),
         max_rows=MAX_ROWS,
     )
     remote = RemotePool(model, expert_bytes(open_checkpoint(model.path), model), config)
