@@ -4,9 +4,8 @@
         [--llama-python PY --q8-0 M.gguf --q4-0 M.gguf] [--vllm-python PY] [--transformers-python PY] [--json]
 
 Each peer runs in the Python environment that is named (see benchmarks/peers). Rounds take everybody in turn; figures
-are medians, ratios are medians of the rounds' ratios. A share of the limit (benchmarks/limit.py) is
-that of the same process. vLLM decodes its own greedy tokens, so
-it is compared with a greedy run of Barista in bf16.
+are medians, ratios are medians of the rounds' ratios. A share of the limit (benchmarks/limit.py) is that of the same
+process. vLLM decodes its own greedy tokens, so it is compared with a greedy run of Barista in bf16.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from experts.kernels.dtypes import ROWS_OF
+from experts.kernels.dtypes import DTYPES, ROWS_OF
+from experts.kernels.structs import ExpertsStruct
 from experts.kernels.weight import Weight, address_of_weight, code_of, fits_rows
 
 ExpertWeights = tuple[Weight, Weight, Weight]
@@ -46,6 +47,16 @@ class ExpertTable:
         self.code = 0 if first is None else code_of(first)
         self._pointers = self._checked_pointers()
         self.gate, self.up, self.down = (ctypes.addressof(array) for array in self._pointers)
+        self.struct = ExpertsStruct(
+            gate=self.gate,
+            up=self.up,
+            down=self.down,
+            num_experts=num_experts,
+            hidden=hidden_size,
+            intermediate=intermediate_size,
+            weights=self.code,
+            dtype=DTYPES[dtype],
+        )
 
     def _checked_pointers(self) -> list[ctypes.Array[ctypes.c_void_p]]:
         """For gate, up and down one pointer per expert of the layer, NULL where it is not held."""

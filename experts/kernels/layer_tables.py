@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ctypes
 
-from experts.kernels.dtypes import DTYPES
 from experts.kernels.expert_table import ExpertTable
 from experts.kernels.library import current
 
-_P, _L, _I, _U64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_uint64
+_P, _L, _U64 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
 
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "bk_layer_tables_new": ([_L], _P),
@@ -17,21 +16,6 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "bk_layer_tables_set_epoch": ([_P, _U64], None),
     "bk_layer_tables_served": ([_P], _U64),
 }
-
-
-class _Table(ctypes.Structure):
-    """struct bk_layer_table of src/serve.cpp."""
-
-    _fields_ = (
-        ("gate", _P),
-        ("up", _P),
-        ("down", _P),
-        ("num_experts", _L),
-        ("hidden", _L),
-        ("intermediate", _L),
-        ("weights", _I),
-        ("dtype", _I),
-    )
 
 
 class LayerTables:
@@ -47,17 +31,7 @@ class LayerTables:
 
     def set(self, layer: int, table: ExpertTable) -> None:
         """Compute this layer with this table from now on. Returns once nobody computes with the one before."""
-        entry = _Table(
-            gate=table.gate,
-            up=table.up,
-            down=table.down,
-            num_experts=table.num_experts,
-            hidden=table.hidden_size,
-            intermediate=table.intermediate_size,
-            weights=table.code,
-            dtype=DTYPES[table.dtype],
-        )
-        self._functions.bk_layer_tables_set(self.address, layer, ctypes.addressof(entry))
+        self._functions.bk_layer_tables_set(self.address, layer, ctypes.addressof(table.struct))
         self._kept[layer] = table  # and the one before may go
 
     def set_epoch(self, epoch: int) -> None:

@@ -12,7 +12,7 @@ from experts.kernels.structs import pointer
 _P, _L = ctypes.c_void_p, ctypes.c_int64
 
 
-class _StepStruct(ctypes.Structure):
+class StepStruct(ctypes.Structure):
     """bk_step of src/barista_kernels.h."""
 
     _fields_ = (
@@ -31,6 +31,26 @@ class _StepStruct(ctypes.Structure):
         ("seq_ids", _P),
         ("positions", _P),
         ("block_tables", _P),
+    )
+
+
+def step_struct(
+    cache: Tensor, *, slots: Tensor, seq_ids: Tensor, positions: Tensor, block_tables: Tensor
+) -> StepStruct:
+    """A step without its residual, cos and sin. Shapes as in StepRows, which the caller keeps alive."""
+    assert slots.dtype is seq_ids.dtype is positions.dtype is block_tables.dtype is torch.int32
+    return StepStruct(
+        size=ctypes.sizeof(StepStruct),
+        num_rows=len(positions),
+        max_blocks=block_tables.shape[1],
+        block_size=cache.shape[3],
+        layer_stride=cache.stride(0),
+        plane_stride=cache.stride(1),
+        cache=pointer(cache),
+        slots=pointer(slots),
+        seq_ids=pointer(seq_ids),
+        positions=pointer(positions),
+        block_tables=pointer(block_tables),
     )
 
 
@@ -56,26 +76,11 @@ class StepRows:
     ) -> None:
         assert cache.dtype is residual.dtype
         assert cos.dtype is sin.dtype is torch.float32
-        assert slots.dtype is seq_ids.dtype is positions.dtype is block_tables.dtype is torch.int32
         self.residual, self.cache, self.cos, self.sin = residual, cache, cos, sin
         self.slots, self.seq_ids, self.positions, self.block_tables = slots, seq_ids, positions, block_tables
-        self._struct = _StepStruct(
-            size=ctypes.sizeof(_StepStruct),
-            num_rows=len(residual),
-            half=cos.shape[1],
-            max_blocks=block_tables.shape[1],
-            block_size=cache.shape[3],
-            layer_stride=cache.stride(0),
-            plane_stride=cache.stride(1),
-            residual=pointer(residual),
-            cache=pointer(cache),
-            cos=pointer(cos),
-            sin=pointer(sin),
-            slots=pointer(slots),
-            seq_ids=pointer(seq_ids),
-            positions=pointer(positions),
-            block_tables=pointer(block_tables),
-        )
+        self._struct = step_struct(cache, slots=slots, seq_ids=seq_ids, positions=positions, block_tables=block_tables)
+        self._struct.half = cos.shape[1]
+        self._struct.residual, self._struct.cos, self._struct.sin = map(pointer, (residual, cos, sin))
         self.address = ctypes.addressof(self._struct)
 
     def empty_rows(self) -> Tensor:

@@ -25,6 +25,21 @@ class WeightStruct(ctypes.Structure):
     )
 
 
+class ExpertsStruct(ctypes.Structure):
+    """bk_experts."""
+
+    _fields_ = (
+        ("gate", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("down", ctypes.c_void_p),
+        ("num_experts", ctypes.c_int64),
+        ("hidden", ctypes.c_int64),
+        ("intermediate", ctypes.c_int64),
+        ("weights", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    )
+
+
 class NormsStruct(ctypes.Structure):
     """bk_norms."""
 

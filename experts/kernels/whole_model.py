@@ -15,7 +15,8 @@ from experts.kernels.gate_layer import GateLayer
 from experts.kernels.gqa import GQALayer
 from experts.kernels.library import current
 from experts.kernels.mla import MLALayer
-from experts.kernels.structs import WeightStruct, pointer, weight_struct
+from experts.kernels.step_rows import StepStruct, step_struct
+from experts.kernels.structs import ExpertsStruct, WeightStruct, pointer, weight_struct
 from experts.kernels.weight import Weight
 
 _P, _L = ctypes.c_void_p, ctypes.c_int64
@@ -34,20 +35,6 @@ class LayerParts:
     expert_tokens: Tensor | None
 
 
-class _ExpertsStruct(ctypes.Structure):
-    """bk_experts of src/barista_kernels.h."""
-
-    _fields_ = (
-        ("gate", _P),
-        ("up", _P),
-        ("down", _P),
-        ("num_experts", _L),
-        ("hidden", _L),
-        ("intermediate", _L),
-        ("weights", ctypes.c_int32),
-    )
-
-
 class _LayerStruct(ctypes.Structure):
     """bk_decoder_layer of src/barista_kernels.h."""
 
@@ -56,8 +43,8 @@ class _LayerStruct(ctypes.Structure):
         ("gqa", _P),
         ("mla", _P),
         ("gate", _P),
-        ("routed", _ExpertsStruct),
-        ("shared", _ExpertsStruct),
+        ("routed", ExpertsStruct),
+        ("shared", ExpertsStruct),
         ("expert_tokens", _P),
     )
 
@@ -86,19 +73,10 @@ class _BatchStruct(ctypes.Structure):
 
     _fields_ = (
         ("size", _L),
-        ("num_rows", _L),
         ("num_samples", _L),
-        ("max_blocks", _L),
-        ("block_size", _L),
-        ("layer_stride", _L),
-        ("plane_stride", _L),
-        ("cache", _P),
         ("token_ids", _P),
-        ("positions", _P),
-        ("seq_ids", _P),
-        ("slots", _P),
-        ("block_tables", _P),
         ("sample_rows", _P),
+        ("step", StepStruct),
     )
 
 
@@ -156,17 +134,14 @@ class WholeModel:
         functions = current()
         assert functions is not None
         num_rows, num_samples = len(token_ids), len(sample_rows)
-        assert {token_ids.dtype, positions.dtype, seq_ids.dtype, slots.dtype, block_tables.dtype} == {torch.int32}
+        assert token_ids.dtype is torch.int32
         assert sample_rows.dtype is torch.int64
         batch = _BatchStruct(
-            ctypes.sizeof(_BatchStruct),
-            num_rows,
-            num_samples,
-            block_tables.shape[1],
-            cache.shape[3],
-            cache.stride(0),
-            cache.stride(1),
-            *map(pointer, (cache, token_ids, positions, seq_ids, slots, block_tables, sample_rows)),
+            size=ctypes.sizeof(_BatchStruct),
+            num_samples=num_samples,
+            token_ids=pointer(token_ids),
+            sample_rows=pointer(sample_rows),
+            step=step_struct(cache, slots=slots, seq_ids=seq_ids, positions=positions, block_tables=block_tables),
         )
         logits = torch.empty(num_samples, self._struct.head.out)
         failed = torch.empty(num_rows, dtype=torch.bool)
@@ -185,15 +160,7 @@ def _layer_struct(layer: LayerParts) -> _LayerStruct:
         gqa=attention if isinstance(layer.attention, GQALayer) else None,
         mla=attention if isinstance(layer.attention, MLALayer) else None,
         gate=layer.gate.address if layer.gate else None,
-        routed=_experts(layer.routed),
-        shared=_experts(layer.shared),
+        routed=layer.routed.struct if layer.routed else ExpertsStruct(),
+        shared=layer.shared.struct if layer.shared else ExpertsStruct(),
         expert_tokens=pointer(layer.expert_tokens),
-    )
-
-
-def _experts(table: ExpertTable | None) -> _ExpertsStruct:
-    if table is None:
-        return _ExpertsStruct()
-    return _ExpertsStruct(
-        table.gate, table.up, table.down, table.num_experts, table.hidden_size, table.intermediate_size, table.code
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import os
 import secrets
 import signal
@@ -156,29 +155,35 @@ def shared_memory(processes: set[psutil.Process]) -> set[Path]:
 
 @dataclass(frozen=True)
 class Answer:
-    """A stream to its end. tokens: their texts and logprobs. longest_gap: seconds between two of them. The
-    time to the first is not in it: a busy machine needs it for the client, too."""
+    """A stream to its end. tokens: their texts and logprobs. to_first: seconds until the first token; longest_gap:
+    between two events from there on."""
 
     text: str
     tokens: tuple[tuple[str, float], ...]
     finish_reason: str | None
+    to_first: float = field(compare=False)
     longest_gap: float = field(compare=False)
 
 
 def ask(client: openai.OpenAI, number: int, on_token: Callable[[], None] = lambda: None) -> Answer:
     """The answer to one of KINDS questions, which is a function of its number. Raises what the client raises."""
-    last, gap, text, finish_reason = math.inf, 0.0, "", None
+    started = last = time.monotonic()
+    to_first, gap, text, finish_reason = 0.0, 0.0, "", None
     tokens: list[tuple[str, float]] = []
     for chunk in client.chat.completions.create(**_question(number), stream=True):
         choice, now = chunk.choices[0], time.monotonic()
-        gap, last = max(gap, now - last), now
         text += choice.delta.content or ""
         finish_reason = choice.finish_reason or finish_reason
         drawn = choice.logprobs.content if choice.logprobs else None
+        if tokens:
+            gap = max(gap, now - last)
+        elif drawn:
+            to_first = now - started
+        last = now
         for token in drawn or ():
             tokens.append((token.token, token.logprob))
             on_token()
-    return Answer(text, tuple(tokens), finish_reason, gap)
+    return Answer(text, tuple(tokens), finish_reason, to_first, gap)
 
 
 KINDS = 16
@@ -235,6 +240,10 @@ class Load:
     @property
     def longest_gap(self) -> float:
         return max(answer.longest_gap for answer in self.answers.values())
+
+    @property
+    def longest_to_first(self) -> float:
+        return max(answer.to_first for answer in self.answers.values())
 
     def assert_same_cup(self, reference: Mapping[int, Answer]) -> None:
         """Every answer is the reference's, to the byte and the last bit of a logprob."""

@@ -38,6 +38,8 @@ EXPERT_BYTES = 3 * 32 * 16 * 4  # gate, up and down of the tiny model in float32
 # Room for each expert on two of three workers. Two workers can hold them all, one cannot.
 WORKER_MEMORY = LAYERS * EXPERTS * EXPERT_BYTES * 2 // 3
 WITH_REPLICA, WITHOUT = 0.5, 5.0
+# A worker that starts takes a core from the clients, the API and the engine alike, and new requests wait for all three.
+TO_FIRST_WHILE_A_WORKER_STARTS = 1.5
 
 Reference = Mapping[int, Answer]
 
@@ -93,15 +95,18 @@ def are_serving(count: int) -> Callable[[dict[str, Any]], bool]:
     return holds
 
 
-def survives(limit: float, reference: Reference, scenario: Callable[[], Load]) -> None:
-    """Every answer is right, each time; the longest gap is within the limit, in one of two runs."""
+def survives(limit: float, reference: Reference, scenario: Callable[[], Load], to_first: float | None = None) -> None:
+    """Every answer is right, each time. In one of two runs the longest gap is within the limit, and so is the time to
+    the first token, or within its own."""
     for _ in range(2):
         load = scenario()
         load.assert_same_cup(reference)
-        print(f"longest gap {load.longest_gap:.3f} s in {len(load.answers)} answers")
-        if load.longest_gap <= limit:
+        gap, first = load.longest_gap, load.longest_to_first
+        print(f"longest gap {gap:.3f} s, to the first {first:.3f} s, in {len(load.answers)} answers")
+        if gap <= limit and first <= (to_first or limit):
             break
-    assert load.longest_gap <= limit
+    assert gap <= limit
+    assert first <= (to_first or limit)
 
 
 def kill_one(server: Server) -> Load:
@@ -201,7 +206,7 @@ def test_workers_come_and_go_under_streams(three_workers: Server, reference: Ref
                 load.wait_tokens(100)
         return load
 
-    survives(WITH_REPLICA, reference, scenario)
+    survives(WITH_REPLICA, reference, scenario, to_first=TO_FIRST_WHILE_A_WORKER_STARTS)
 
 
 def test_rebalance_plans_first_and_moves_under_streams(three_workers: Server, reference: Reference) -> None:

@@ -226,13 +226,14 @@ struct bk_gate_layer {
 // x: [n, hidden] of dtype; the rest as in bk_gate.
 int32_t bk_choose(const struct bk_gate_layer* gate, const void* x, int32_t* topk_ids, float* topk_weights, int64_t n);
 
-// The experts of one layer, as bk_moe takes them. num_experts: 0 where there are none.
+// The experts of one layer, as bk_moe and bk_expert_rows take them. gate: NULL where there are none.
 struct bk_experts {
     const void* const* gate;
     const void* const* up;
     const void* const* down;
     int64_t num_experts, hidden, intermediate;
     int32_t weights;  // enum bk_weights
+    int32_t dtype;
 };
 
 // One decoder layer: either gqa or mla, and the other NULL. gate: NULL where the FFN is dense, else with its experts.
@@ -261,18 +262,13 @@ struct bk_model {
     int32_t dtype;
 };
 
-// One step's rows. token_ids, positions, seq_ids, slots: [num_rows]; sample_rows: [num_samples], the rows whose logits
-// are wanted; the rest as in bk_step.
+// A step's rows. step: its residual, cos and sin are bk_forward's to fill. token_ids: [num_rows]; sample_rows:
+// [num_samples], the rows whose logits are wanted.
 struct bk_batch {
-    int64_t size;
-    int64_t num_rows, num_samples, max_blocks, block_size, layer_stride, plane_stride;
-    void* cache;
+    int64_t size, num_samples;
     const int32_t* token_ids;
-    const int32_t* positions;
-    const int32_t* seq_ids;
-    const int32_t* slots;
-    const int32_t* block_tables;
     const int64_t* sample_rows;
+    struct bk_step step;
 };
 
 // A step, from tokens to logits [num_samples, vocab]. failed [num_rows]: 1 where a row of any layer was not finite.

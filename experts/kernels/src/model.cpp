@@ -14,13 +14,13 @@ namespace {
 
 // y [n, hidden], and which rows failed, of the experts that each token chose.
 int32_t run_experts(const bk_experts& experts, const void* x, const int32_t* topk_ids, const float* topk_weights,
-                    int64_t topk, int64_t n, int32_t dtype, void* y, uint8_t* failed) {
+                    int64_t topk, int64_t n, void* y, uint8_t* failed) {
     return bk_moe(x, experts.hidden, topk_ids, topk_weights, experts.gate, experts.up, experts.down, y, failed, n, topk,
-                  experts.num_experts, experts.hidden, experts.intermediate, experts.weights, dtype);
+                  experts.num_experts, experts.hidden, experts.intermediate, experts.weights, experts.dtype);
 }
 
 // The expert that every token takes.
-int32_t run_shared(const bk_experts& experts, const void* x, int64_t n, int32_t dtype, void* y, uint8_t* failed) {
+int32_t run_shared(const bk_experts& experts, const void* x, int64_t n, void* y, uint8_t* failed) {
     thread_local Buffer ids_buffer, weights_buffer;
     int32_t* ids = ids_buffer.get<int32_t>(n);
     float* weights = weights_buffer.get<float>(n);
@@ -28,7 +28,7 @@ int32_t run_shared(const bk_experts& experts, const void* x, int64_t n, int32_t 
         ids[t] = 0;
         weights[t] = 1.0f;
     }
-    return run_experts(experts, x, ids, weights, 1, n, dtype, y, failed);
+    return run_experts(experts, x, ids, weights, 1, n, y, failed);
 }
 
 // Adds rows [n, width].
@@ -43,7 +43,7 @@ void add_rows(T* to, const T* from, int64_t n, int64_t width) {
     });
 }
 
-int32_t run_routed(const bk_decoder_layer& layer, const void* x, int64_t n, int32_t dtype, void* y, uint8_t* failed) {
+int32_t run_routed(const bk_decoder_layer& layer, const void* x, int64_t n, void* y, uint8_t* failed) {
     thread_local Buffer ids_buffer, weights_buffer;
     const int64_t topk = layer.gate->spec.top_k;
     int32_t* topk_ids = ids_buffer.get<int32_t>(n * topk);
@@ -51,19 +51,19 @@ int32_t run_routed(const bk_decoder_layer& layer, const void* x, int64_t n, int3
     if (bk_choose(layer.gate, x, topk_ids, topk_weights, n)) return -1;
     for (int64_t pair = 0; pair < n * topk; ++pair)
         if (topk_ids[pair] >= 0) ++layer.expert_tokens[topk_ids[pair]];
-    return run_experts(layer.routed, x, topk_ids, topk_weights, topk, n, dtype, y, failed);
+    return run_experts(layer.routed, x, topk_ids, topk_weights, topk, n, y, failed);
 }
 
 // y = ffn(x); failed |= its failed rows.
 int32_t run_ffn(const bk_decoder_layer& layer, const void* x, int64_t n, int32_t dtype, void* y, uint8_t* failed) {
     thread_local Buffer rows_buffer, failed_buffer;
-    const bool routed = layer.gate, shared = layer.shared.num_experts > 0;
+    const bool routed = layer.gate, shared = layer.shared.gate;
     uint8_t* here = failed_buffer.get<uint8_t>(2 * n);
-    if (routed && run_routed(layer, x, n, dtype, y, here)) return -1;
+    if (routed && run_routed(layer, x, n, y, here)) return -1;
     if (shared) {
         const int64_t hidden = layer.shared.hidden;
         void* rows = routed ? rows_buffer.get<float>(n * hidden) : y;
-        if (run_shared(layer.shared, x, n, dtype, rows, here + n)) return -1;
+        if (run_shared(layer.shared, x, n, rows, here + n)) return -1;
         if (routed)
             dispatch(dtype, [&](auto t) {
                 using T = decltype(t);
@@ -124,30 +124,20 @@ bool within(const int32_t* numbers, int64_t n, int64_t limit) {
 
 int32_t forward(const bk_model& model, const bk_batch& batch, float* logits, uint8_t* failed) {
     thread_local Buffer residual_buffer, update_buffer, cos_buffer, sin_buffer, sampled_buffer;
-    const int64_t n = batch.num_rows, hidden = model.embedding.in;
-    if (!within(batch.token_ids, n, model.embedding.out) || !within(batch.positions, n, model.max_len)) return -1;
+    const int64_t n = batch.step.num_rows, hidden = model.embedding.in;
+    bk_step step = batch.step;
+    if (!within(batch.token_ids, n, model.embedding.out) || !within(step.positions, n, model.max_len)) return -1;
     void* residual = residual_buffer.get<float>(n * hidden);
     void* update = update_buffer.get<float>(n * hidden);
     float* cos = cos_buffer.get<float>(n * model.half);
     float* sin = sin_buffer.get<float>(n * model.half);
     take_rows(model.embedding, batch.token_ids, n, model.dtype, residual);
-    gather(model.cos, model.half, BK_FLOAT32, batch.positions, n, cos);
-    gather(model.sin, model.half, BK_FLOAT32, batch.positions, n, sin);
-    const bk_step step{sizeof(bk_step),
-                       n,
-                       model.half,
-                       batch.max_blocks,
-                       batch.block_size,
-                       batch.layer_stride,
-                       batch.plane_stride,
-                       residual,
-                       batch.cache,
-                       cos,
-                       sin,
-                       batch.slots,
-                       batch.seq_ids,
-                       batch.positions,
-                       batch.block_tables};
+    gather(model.cos, model.half, BK_FLOAT32, step.positions, n, cos);
+    gather(model.sin, model.half, BK_FLOAT32, step.positions, n, sin);
+    step.half = model.half;
+    step.residual = residual;
+    step.cos = cos;
+    step.sin = sin;
     if (run_layers(model, step, update, failed)) return -1;
 
     const int64_t samples = batch.num_samples;

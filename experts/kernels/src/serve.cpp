@@ -9,24 +9,12 @@
 #include "barista_kernels.h"
 #include "window_cells.h"
 
-// One layer's experts, as bk_expert_rows takes them; gate is NULL while none is held.
-struct bk_layer_table {
-    const void* const* gate;
-    const void* const* up;
-    const void* const* down;
-    int64_t num_experts;
-    int64_t hidden;
-    int64_t intermediate;
-    int32_t weights;  // enum bk_weights
-    int32_t dtype;
-};
-
 // The layers that a worker holds, shared by all who serve a window. A table is replaced only while nobody computes with
 // it, so whoever replaces it may free the old one at once.
 struct bk_layer_tables {
     explicit bk_layer_tables(int64_t num_layers) : tables(static_cast<size_t>(num_layers)) {}
     std::shared_mutex mutex;
-    std::vector<bk_layer_table> tables;
+    std::vector<bk_experts> tables;
     std::atomic<uint64_t> epoch{0};
     std::atomic<uint64_t> served{0};
 };
@@ -41,7 +29,7 @@ bk_layer_tables* bk_layer_tables_new(int64_t num_layers) { return new bk_layer_t
 void bk_layer_tables_free(bk_layer_tables* layers) { delete layers; }
 
 // Replaces one layer's table, once no computation uses the old one.
-void bk_layer_tables_set(bk_layer_tables* layers, int64_t layer, const bk_layer_table* table) {
+void bk_layer_tables_set(bk_layer_tables* layers, int64_t layer, const bk_experts* table) {
     std::unique_lock<std::shared_mutex> lock(layers->mutex);
     layers->tables[static_cast<size_t>(layer)] = *table;
 }
@@ -66,7 +54,7 @@ int32_t bk_window_serve(const bk_window_end* end, uint32_t* number, int64_t dead
         {
             std::shared_lock<std::shared_mutex> lock(layers->mutex);
             if (dispatch->layer >= layers->tables.size()) return BK_WINDOW_READY;
-            const bk_layer_table& table = layers->tables[dispatch->layer];
+            const bk_experts& table = layers->tables[dispatch->layer];
             if (!table.gate) return BK_WINDOW_READY;
             const int64_t rows = bk_expert_rows(
                 end->base + at.rows, table.hidden, reinterpret_cast<int32_t*>(end->base + at.ids), table.gate, table.up,
