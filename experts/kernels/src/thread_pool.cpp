@@ -12,6 +12,7 @@ namespace bk {
 namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(40);  // longer than the gap between two kernels of one step
+constexpr uint32_t kRuns = 2;  // runs for each thread into which the tasks not yet taken are cut
 
 void pause() {
 #if defined(__x86_64__)
@@ -35,11 +36,15 @@ bool spin_until(Ready&& ready) {
 }
 
 // A job is a number of tasks. `ticket_` holds the job's number in its high half and the tasks not yet taken in its low
-// half, so that taking a task and checking that the job is still the same one is a single compare-and-swap. A worker
+// half, so that taking tasks and checking that the job is still the same one is a single compare-and-swap. A worker
 // that wakes late finds another number or no tasks, and touches nothing else.
+//
+// A thread takes a run of neighbouring tasks, long at first and shorter towards the end (guided self-scheduling,
+// Polychronopoulos and Kuck, 1987): tasks that follow each other read memory that does, and what one of them has fetched
+// ahead is where the next begins.
 class Pool {
   public:
-    explicit Pool(int threads) {
+    explicit Pool(int threads) : runs_(kRuns * static_cast<uint32_t>(threads)) {
         for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
     }
 
@@ -74,9 +79,11 @@ class Pool {
     void take_tasks(uint32_t job) {
         uint64_t ticket = ticket_.load(std::memory_order_acquire);
         while (static_cast<uint32_t>(ticket >> 32) == job && static_cast<uint32_t>(ticket) != 0) {
-            if (!ticket_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
-            task_(context_, num_tasks_ - static_cast<int64_t>(static_cast<uint32_t>(ticket)));
-            unfinished_.fetch_sub(1, std::memory_order_release);
+            const uint32_t left = static_cast<uint32_t>(ticket), count = left > runs_ ? left / runs_ : 1;
+            if (!ticket_.compare_exchange_weak(ticket, ticket - count, std::memory_order_acq_rel)) continue;
+            const int64_t first = num_tasks_ - static_cast<int64_t>(left);
+            for (int64_t index = first; index < first + count; ++index) task_(context_, index);
+            unfinished_.fetch_sub(count, std::memory_order_release);
             ticket = ticket_.load(std::memory_order_acquire);
         }
     }
@@ -97,6 +104,7 @@ class Pool {
         }
     }
 
+    const uint32_t runs_;
     std::vector<std::thread> workers_;
     std::mutex mutex_;
     std::condition_variable wake_;

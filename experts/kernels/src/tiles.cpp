@@ -246,7 +246,7 @@ void multiply_strip(const PackedOf<Tile>* const* x, const Tile* tiles, int64_t n
 template <class Tile>
 void multiply_tiles(const PackedOf<Tile>* const* x, int64_t num_rows, const Tile* tiles, int64_t num_tiles,
                     int64_t num_strips, float matrix_scale, float* out, int64_t out_stride) {
-    constexpr int64_t kAhead = 4096 / static_cast<int64_t>(sizeof(Tile)) + 1;
+    constexpr int64_t kAhead = 1024 / static_cast<int64_t>(sizeof(Tile)) + 1;
     const int64_t part = num_rows > kTilePanel ? 8192 / static_cast<int64_t>(sizeof(Tile)) : num_tiles;
     for (int64_t strip = 0; strip < num_strips; ++strip, tiles += num_tiles, out += kTileRows) {
         for (int64_t first = 0; first < num_tiles; first += part) {
