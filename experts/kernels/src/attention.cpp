@@ -14,6 +14,7 @@ namespace bk {
 namespace {
 
 constexpr int64_t kChunk = 32;
+constexpr int kSecondLevel = 2;   // of cache, as __builtin_prefetch counts
 constexpr int kValueVectors = 4;  // vectors of the value dimension that are summed at once
 
 // sums[r] = sums[r] * scale[r] + probabilities[r][j] * values[j] for each j in ascending order, in kValueVectors
@@ -27,31 +28,26 @@ BK_INLINE void add_values(const float* probabilities, const float* scale, const 
 #pragma GCC unroll 4
         for (int v = 0; v < kValueVectors; ++v)
             acc[r][v] = load_raw<f32v>(sums + r * sums_stride + first + v * kLanes) * scale[r];
-    auto add = [&](int64_t j, const f32v* value) __attribute__((always_inline)) {
+    // One vector of values at a time, which leaves registers for the sums and for a probability of each row.
+    auto add = [&](int64_t j, auto&& value) __attribute__((always_inline)) {
+        f32v p[Rows];
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) {
-            const f32v p = splat(probabilities[r * kChunk + j]);
+        for (int r = 0; r < Rows; ++r) p[r] = splat(probabilities[r * kChunk + j]);
 #pragma GCC unroll 4
-            for (int v = 0; v < kValueVectors; ++v) acc[r][v] = fma(p, value[v], acc[r][v]);
+        for (int v = 0; v < kValueVectors; ++v) {
+            const f32v here = value(v);
+#pragma GCC unroll 8
+            for (int r = 0; r < Rows; ++r) acc[r][v] = fma(p[r], here, acc[r][v]);
         }
     };
     if (first + kValueVectors * kLanes <= dim) {
-        for (int64_t j = 0; j < count; ++j) {
-            f32v value[kValueVectors];
-#pragma GCC unroll 4
-            for (int v = 0; v < kValueVectors; ++v) value[v] = load(values[j] + first + v * kLanes);
-            add(j, value);
-        }
+        for (int64_t j = 0; j < count; ++j) add(j, [&](int v) { return load(values[j] + first + v * kLanes); });
     } else {
-        for (int64_t j = 0; j < count; ++j) {
-            f32v value[kValueVectors] = {};
-#pragma GCC unroll 4
-            for (int v = 0; v < kValueVectors; ++v) {
+        for (int64_t j = 0; j < count; ++j)
+            add(j, [&](int v) {
                 const int64_t at = first + v * kLanes;
-                if (at < dim) value[v] = load(values[j] + at, dim - at);
-            }
-            add(j, value);
-        }
+                return at < dim ? load(values[j] + at, dim - at) : f32v{};
+            });
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r)
@@ -136,13 +132,13 @@ struct Attention {
             pack_row<T>(packed + r * stride, q + rows[r].index * key_dim, key_dim);
             if (rows[r].num_keys > num_keys) num_keys = rows[r].num_keys;
         }
-        for (int64_t start = 0; start < num_keys; start += kChunk) {
-            const int64_t count = num_keys - start < kChunk ? num_keys - start : kChunk;
-            const T *key_rows[kChunk], *value_rows[kChunk];
-            locate(task, start, count, key_rows, value_rows);
+        Chunk chunks[2];
+        locate(task, 0, num_keys, chunks[0]);
+        for (int64_t i = 0; i * kChunk < num_keys; ++i) {
+            if ((i + 1) * kChunk < num_keys) locate(task, (i + 1) * kChunk, num_keys, chunks[(i + 1) % 2]);
             for_each_panel(num_rows, [&](int64_t panel, int64_t n) {
-                add_chunk(rows + panel, n, packed + panel * stride, start, count, key_rows, value_rows,
-                          sums + panel * sums_stride, sums_stride);
+                add_chunk(rows + panel, n, packed + panel * stride, chunks[i % 2], sums + panel * sums_stride,
+                          sums_stride);
             });
         }
         for (int64_t r = 0; r < num_rows; ++r)
@@ -152,20 +148,38 @@ struct Attention {
     }
 
     // Where the keys and values of positions [start, start + count) are; the last one repeats up to kChunk.
-    void locate(const HeadGroup& task, int64_t start, int64_t count, const T** key_rows, const T** value_rows) const {
+    struct Chunk {
+        int64_t start, count;
+        const T *keys[kChunk], *values[kChunk];
+    };
+
+    // The chunk from `start` on, asked of the memory before it is needed.
+    void locate(const HeadGroup& task, int64_t start, int64_t num_keys, Chunk& chunk) const {
         const int32_t* table = block_tables + seq_ids[task.token_begin] * max_blocks;
+        chunk.start = start;
+        chunk.count = num_keys - start < kChunk ? num_keys - start : kChunk;
         for (int64_t j = 0; j < kChunk; ++j) {
-            const int64_t position = start + (j < count ? j : count - 1);
+            const int64_t position = start + (j < chunk.count ? j : chunk.count - 1);
             const int64_t block = table[position / block_size], slot = position % block_size;
-            key_rows[j] = keys + block * key_block_stride + slot * key_slot_stride + task.kv_head * key_head_stride;
-            value_rows[j] =
+            chunk.keys[j] = keys + block * key_block_stride + slot * key_slot_stride + task.kv_head * key_head_stride;
+            chunk.values[j] =
                 values + block * value_block_stride + slot * value_slot_stride + task.kv_head * value_head_stride;
         }
+        fetch(chunk.keys, chunk.count, key_dim);
+        fetch(chunk.values, chunk.count, value_dim);
+    }
+
+    // Each row is a short piece of memory far from the next, which the processor would ask for one after another.
+    static void fetch(const T* const* rows, int64_t count, int64_t dim) {
+        for (int64_t j = 0; j < count; ++j)
+            for (int64_t i = 0; i < dim; i += 64 / static_cast<int64_t>(sizeof(T)))
+                __builtin_prefetch(rows[j] + i, 0, kSecondLevel);
     }
 
     // Adds one chunk to a panel of rows. Keys that a row may not see are not touched for it, not even times zero.
-    void add_chunk(Row* rows, int64_t num_rows, const Packed* packed, int64_t start, int64_t count,
-                   const T* const* key_rows, const T* const* value_rows, float* sums, int64_t sums_stride) const {
+    void add_chunk(Row* rows, int64_t num_rows, const Packed* packed, const Chunk& chunk, float* sums,
+                   int64_t sums_stride) const {
+        const int64_t start = chunk.start, count = chunk.count;
         alignas(64) float scores[kPanelRows * kChunk];
         float correction[kPanelRows];
         const Packed* x[kPanelRows];
@@ -174,18 +188,18 @@ struct Attention {
             x[r] = packed + r * packed_stride<T>(key_dim);
             same = same && rows[r].num_keys >= start + count;
         }
-        dot_rows<T>(x, num_rows, key_rows, count, key_dim, scores, kChunk);
+        dot_rows<T>(x, num_rows, chunk.keys, count, key_dim, scores, kChunk);
         if (same) {
             for (int64_t r = 0; r < num_rows; ++r)
                 correction[r] = softmax_chunk(scores + r * kChunk, count, scale, rows[r].max_score, rows[r].total);
-            add_panel_values(num_rows, scores, correction, value_rows, count, sums, sums_stride);
+            add_panel_values(num_rows, scores, correction, chunk.values, count, sums, sums_stride);
             return;
         }
         for (int64_t r = 0; r < num_rows; ++r) {
             const int64_t seen = rows[r].num_keys - start < count ? rows[r].num_keys - start : count;
             if (seen <= 0) continue;
             correction[r] = softmax_chunk(scores + r * kChunk, seen, scale, rows[r].max_score, rows[r].total);
-            add_panel_values(1, scores + r * kChunk, correction + r, value_rows, seen, sums + r * sums_stride,
+            add_panel_values(1, scores + r * kChunk, correction + r, chunk.values, seen, sums + r * sums_stride,
                              sums_stride);
         }
     }

@@ -10,31 +10,26 @@ BK_INLINE void dot_quad(const typename Dot<T>::Packed* const* x, const T* const*
                         float* out, int64_t out_stride) {
     using D = Dot<T>;
     f32v acc[Rows][kQuad] = {};
-    const T *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
-    const T *next0 = ahead[0], *next1 = ahead[1], *next2 = ahead[2], *next3 = ahead[3];
+    const T* const from[kQuad] = {w[0], w[1], w[2], w[3]};
+    const T* const next[kQuad] = {ahead[0], ahead[1], ahead[2], ahead[3]};
     const typename D::Packed* rows[Rows];
     for (int r = 0; r < Rows; ++r) rows[r] = x[r];
+    // One weight row at a time, which leaves the registers to the sums.
+    auto add = [&](int j, const typename D::Weights& v, int64_t p) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) D::add(acc[r][j], rows[r] + p, v);
+    };
     int64_t i = 0, p = 0;
     for (; i + D::kStep <= k; i += D::kStep, p += D::kPackedStep) {
-        const typename D::Weights v[kQuad] = {D::weights(w0 + i), D::weights(w1 + i), D::weights(w2 + i),
-                                              D::weights(w3 + i)};
-        __builtin_prefetch(next0 + i);
-        __builtin_prefetch(next1 + i);
-        __builtin_prefetch(next2 + i);
-        __builtin_prefetch(next3 + i);
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-            for (int j = 0; j < kQuad; ++j) D::add(acc[r][j], rows[r] + p, v[j]);
+        for (int j = 0; j < kQuad; ++j) {
+            __builtin_prefetch(next[j] + i);
+            add(j, D::weights(from[j] + i), p);
+        }
     }
     if (i < k) {
-        const int64_t n = k - i;
-        const typename D::Weights v[kQuad] = {D::weights_partial(w0 + i, n), D::weights_partial(w1 + i, n),
-                                              D::weights_partial(w2 + i, n), D::weights_partial(w3 + i, n)};
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-            for (int j = 0; j < kQuad; ++j) D::add(acc[r][j], rows[r] + p, v[j]);
+        for (int j = 0; j < kQuad; ++j) add(j, D::weights_partial(from[j] + i, k - i), p);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
