@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "tile_scales.h"
 #include "tiles.h"
 
@@ -24,6 +26,7 @@ constexpr int kTilePanel = 4;
 constexpr int kTilePanel = 1;  // there is little to share, and a compiler takes minutes to unroll emulated vectors
 #define BK_UNROLL
 #endif
+constexpr int64_t kWideRows = 3 * kTilePanel;  // from so many on it pays to store what is unpacked
 
 // ---- sums of products of small integers, four inputs of kLanes output rows at a time
 
@@ -121,6 +124,62 @@ using PackedOf = RowGroup<typename RowInteger<Tile>::Type>;
 template <int Rows, class Integer>
 using Groups = const RowGroup<Integer>* const (&)[Rows];
 
+// ---- nibbles as they are multiplied
+
+// Of half Part of the inputs, as unsigned bytes.
+template <int Part, class Tile>
+BK_INLINE Bytes nibbles_of(const Tile& tile, int i, int block) {
+    const Bytes both = load_raw<Bytes>(tile.nibbles[i][block * kLanes]);
+    return Part == 0 ? low_nibbles(both) : high_nibbles(both);
+}
+
+template <int Part, class Scale>
+BK_INLINE Bytes bytes_of(const NibbleTile<Scale>& tile, int i, int block) {
+    return nibbles_of<Part>(tile, i, block);
+}
+
+template <int Part>
+BK_INLINE Bytes bytes_of(const Mxfp4Tile& tile, int i, int block) {
+    alignas(16) static constexpr auto kUnsigned = unsigned_e2m1();
+#if defined(__AVX2__)
+    const __m128i table = load_raw<__m128i>(kUnsigned.values);
+#else
+    const int8_t* table = kUnsigned.values;
+#endif
+    return look_up(table, nibbles_of<Part>(tile, i, block));
+}
+
+// The bytes and scales of nibbles, made once for many rows.
+template <class Tile>
+struct WideTile {
+    static constexpr int kScales = Tile::kScales;
+    Bytes bytes[2][kRunsOfFour / 2][kLaneBlocks];
+    f32v scales[kScales][kLaneBlocks];
+};
+
+template <int Part, class Tile>
+BK_INLINE Bytes bytes_of(const WideTile<Tile>& tile, int i, int block) {
+    return tile.bytes[Part][i][block];
+}
+
+template <class Tile>
+BK_INLINE f32v scales_of(const WideTile<Tile>& tile, int block, int which) {
+    return tile.scales[which][block];
+}
+
+template <class Tile>
+void widen_tile(const Tile& tile, WideTile<Tile>& to) {
+    for (int block = 0; block < kLaneBlocks; ++block) {
+        for (int i = 0; i < kRunsOfFour / 2; ++i) {
+            to.bytes[0][i][block] = bytes_of<0>(tile, i, block);
+            to.bytes[1][i][block] = bytes_of<1>(tile, i, block);
+        }
+        for (int part = 0; part < Tile::kScales; ++part) to.scales[part][block] = scales_of(tile, block, part);
+    }
+}
+
+// ---- products. Source: a tile or a WideTile.
+
 // What the inputs that share scale `Part` add, for each row and each vector of output rows.
 template <int Rows>
 using IntegerSums = i32v[kLaneBlocks][Rows];
@@ -153,23 +212,19 @@ BK_INLINE void integer_sums(const Int8Tile<Scales>& tile, Groups<Rows, int16_t> 
         for (int r = 0; r < Rows; ++r) sums[block][r] = total[block][r];
 }
 
-// widen: nibbles to unsigned bytes. Sums start at the correction for their zero, so that 16 bits hold them all the way:
-// what has been added by then is a sum of true products, and what has not is small.
-template <int Part, int Rows, class Widen>
-BK_INLINE void nibble_sums(const uint8_t (&nibbles)[8][kTileRows][4], Groups<Rows, int8_t> x, IntegerSums<Rows>& sums,
-                           Widen&& widen) {
+// Sums start at the correction for the zero of their nibbles, so that 16 bits hold them all the way: what has been
+// added by then is a sum of true products, and what has not is small.
+template <int Part, int Rows, class Source>
+BK_INLINE void integer_sums(const Source& source, Groups<Rows, int8_t> x, IntegerSums<Rows>& sums) {
     NibbleSum total[kLaneBlocks][Rows];
     BK_UNROLL
     for (int r = 0; r < Rows; ++r)
         for (int block = 0; block < kLaneBlocks; ++block) total[block][r].start(x[r]->corrections[Part]);
     BK_UNROLL
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < kRunsOfFour / 2; ++i) {
         Bytes w[kLaneBlocks];
         BK_UNROLL
-        for (int block = 0; block < kLaneBlocks; ++block) {
-            const Bytes both = load_raw<Bytes>(nibbles[i][block * kLanes]);
-            w[block] = widen(Part == 0 ? low_nibbles(both) : high_nibbles(both));
-        }
+        for (int block = 0; block < kLaneBlocks; ++block) w[block] = bytes_of<Part>(source, i, block);
         BK_UNROLL
         for (int r = 0; r < Rows; ++r) {
             const Bytes a = splat_four(x[r]->values + 32 * Part + 4 * i);
@@ -185,30 +240,13 @@ BK_INLINE void nibble_sums(const uint8_t (&nibbles)[8][kTileRows][4], Groups<Row
         for (int r = 0; r < Rows; ++r) sums[block][r] = total[block][r].total();
 }
 
-template <int Part, int Rows, class Scale>
-BK_INLINE void integer_sums(const NibbleTile<Scale>& tile, Groups<Rows, int8_t> x, IntegerSums<Rows>& sums) {
-    nibble_sums<Part, Rows>(tile.nibbles, x, sums, [](Bytes w) { return w; });
-}
-
-template <int Part, int Rows>
-BK_INLINE void integer_sums(const Mxfp4Tile& tile, Groups<Rows, int8_t> x, IntegerSums<Rows>& sums) {
-    alignas(16) static constexpr auto kUnsigned = unsigned_e2m1();
-#if defined(__AVX2__)
-    const __m128i table = load_raw<__m128i>(kUnsigned.values);
-#else
-    const int8_t* table = kUnsigned.values;
-#endif
-    nibble_sums<Part, Rows>(tile.nibbles, x, sums, [&](Bytes w) { return look_up(table, w); });
-}
-
-template <int Part, class Tile, int Rows>
-BK_INLINE void add_part(const Tile& tile, Groups<Rows, typename RowInteger<Tile>::Type> x,
-                        f32v (&acc)[kLaneBlocks][Rows]) {
+template <int Part, class Source, int Rows, class Integer>
+BK_INLINE void add_part(const Source& source, Groups<Rows, Integer> x, f32v (&acc)[kLaneBlocks][Rows]) {
     i32v sums[kLaneBlocks][Rows];
-    integer_sums<Part, Rows>(tile, x, sums);
+    integer_sums<Part, Rows>(source, x, sums);
     BK_UNROLL
     for (int block = 0; block < kLaneBlocks; ++block) {
-        const f32v scale = scales_of(tile, block, Part);
+        const f32v scale = scales_of(source, block, Part);
         BK_UNROLL
         for (int r = 0; r < Rows; ++r)
             acc[block][r] =
@@ -216,30 +254,48 @@ BK_INLINE void add_part(const Tile& tile, Groups<Rows, typename RowInteger<Tile>
     }
 }
 
-template <class Tile, int Rows>
-BK_INLINE void add_tile(const Tile& tile, Groups<Rows, typename RowInteger<Tile>::Type> x,
-                        f32v (&acc)[kLaneBlocks][Rows]) {
-    add_part<0, Tile, Rows>(tile, x, acc);
-    if constexpr (Tile::kScales == 2) add_part<1, Tile, Rows>(tile, x, acc);
+template <class Source, int Rows, class Integer>
+BK_INLINE void add_tile(const Source& source, Groups<Rows, Integer> x, f32v (&acc)[kLaneBlocks][Rows]) {
+    add_part<0, Source, Rows>(source, x, acc);
+    if constexpr (Source::kScales == 2) add_part<1, Source, Rows>(source, x, acc);
+}
+
+template <class Tile>
+BK_INLINE void fetch(const Tile* tile) {
+    const char* from = reinterpret_cast<const char*>(tile);
+    for (size_t line = 0; line < sizeof(Tile); line += 64) __builtin_prefetch(from + line);
 }
 
 // Adds num_tiles tiles of a strip to the sums in `out`, or starts them. ahead: tiles from the one that is multiplied to
-// the one that is fetched.
-template <class Tile, int Rows>
-void multiply_strip(const PackedOf<Tile>* const* x, const Tile* tiles, int64_t num_tiles, bool start, int64_t ahead,
-                    float* out, int64_t out_stride) {
+// the one that is fetched; 0 if they are in the cache. Not inlined: it needs all registers.
+template <int Rows, class Source, class Integer>
+__attribute__((noinline)) void multiply_strip(const RowGroup<Integer>* const* x, const Source* tiles, int64_t num_tiles,
+                                              bool start, int64_t ahead, float* out, int64_t out_stride) {
     f32v acc[kLaneBlocks][Rows] = {};
     for (int r = 0; !start && r < Rows; ++r)
         for (int block = 0; block < kLaneBlocks; ++block) acc[block][r] = load(out + r * out_stride + block * kLanes);
     for (int64_t t = 0; t < num_tiles; ++t) {
-        const char* next = reinterpret_cast<const char*>(tiles + t + ahead);
-        for (size_t line = 0; line < sizeof(Tile); line += 64) __builtin_prefetch(next + line);
-        const PackedOf<Tile>* groups[Rows];
+        if (ahead) fetch(tiles + t + ahead);
+        const RowGroup<Integer>* groups[Rows];
         for (int r = 0; r < Rows; ++r) groups[r] = x[r] + t;
-        add_tile<Tile, Rows>(tiles[t], groups, acc);
+        add_tile<Source, Rows, Integer>(tiles[t], groups, acc);
     }
     for (int r = 0; r < Rows; ++r)
         for (int block = 0; block < kLaneBlocks; ++block) store(out + r * out_stride + block * kLanes, acc[block][r]);
+}
+
+// All rows with tiles [first, first + num_tiles) of a strip. ahead: for the first rows; the others find them fetched.
+template <class Source, class Integer>
+void multiply_panels(const RowGroup<Integer>* const* x, int64_t num_rows, const Source* tiles, int64_t first,
+                     int64_t num_tiles, int64_t ahead, float* out, int64_t out_stride) {
+    for_each_panel<kTilePanel>(num_rows, [&](int64_t begin, int64_t panel) {
+        const RowGroup<Integer>* rows_from[kTilePanel];
+        for (int64_t r = 0; r < panel; ++r) rows_from[r] = x[begin + r] + first;
+        with_panel_rows<kTilePanel>(panel, [&](auto rows) {
+            multiply_strip<decltype(rows)::value>(rows_from, tiles, num_tiles, first == 0, begin == 0 ? ahead : 0,
+                                                  out + begin * out_stride, out_stride);
+        });
+    });
 }
 
 // A strip is taken in parts that stay in the first-level cache while rows stream past.
@@ -247,19 +303,24 @@ template <class Tile>
 void multiply_tiles(const PackedOf<Tile>* const* x, int64_t num_rows, const Tile* tiles, int64_t num_tiles,
                     int64_t num_strips, float matrix_scale, float* out, int64_t out_stride) {
     constexpr int64_t kAhead = 1024 / static_cast<int64_t>(sizeof(Tile)) + 1;
-    const int64_t part = num_rows > kTilePanel ? 8192 / static_cast<int64_t>(sizeof(Tile)) : num_tiles;
+    constexpr int64_t kPart = 8192 / static_cast<int64_t>(sizeof(Tile));
+    constexpr bool kNibbles = std::is_same_v<typename RowInteger<Tile>::Type, int8_t>;
+    const int64_t part = num_rows > kTilePanel ? kPart : num_tiles;
     for (int64_t strip = 0; strip < num_strips; ++strip, tiles += num_tiles, out += kTileRows) {
         for (int64_t first = 0; first < num_tiles; first += part) {
             const int64_t count = num_tiles - first < part ? num_tiles - first : part;
-            for_each_panel<kTilePanel>(num_rows, [&](int64_t begin, int64_t panel) {
-                const PackedOf<Tile>* rows_from[kTilePanel];
-                for (int64_t r = 0; r < panel; ++r) rows_from[r] = x[begin + r] + first;
-                with_panel_rows<kTilePanel>(panel, [&](auto rows) {
-                    multiply_strip<Tile, decltype(rows)::value>(rows_from, tiles + first, count, first == 0,
-                                                                begin == 0 ? kAhead : 0, out + begin * out_stride,
-                                                                out_stride);
-                });
-            });
+            if constexpr (kNibbles) {
+                if (num_rows >= kWideRows) {
+                    WideTile<Tile> wide[kPart];
+                    for (int64_t t = 0; t < count; ++t) {
+                        fetch(tiles + first + t + kAhead);
+                        widen_tile(tiles[first + t], wide[t]);
+                    }
+                    multiply_panels(x, num_rows, wide, first, count, 0, out, out_stride);
+                    continue;
+                }
+            }
+            multiply_panels(x, num_rows, tiles + first, first, count, kAhead, out, out_stride);
         }
         if (matrix_scale == 1.0f) continue;
         for (int64_t r = 0; r < num_rows; ++r)
