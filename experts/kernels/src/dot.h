@@ -135,9 +135,9 @@ void dot_rows(const typename Dot<T>::Packed* const* x, int64_t num_rows, const T
 
 // ---- how work is cut
 
-constexpr int64_t kTile = 128;                    // weight rows in one task, at most
-constexpr int64_t kTileBytes = 384 * 1024;        // what a tile of weights may take of the second-level cache
-constexpr int64_t kRowsPerTask = 8 * kPanelRows;  // rows that share one pass over a tile, at most
+constexpr int64_t kTile = 128;              // weight rows in one task, at most
+constexpr int64_t kTileBytes = 384 * 1024;  // what a tile of weights may take of the second-level cache
+constexpr int64_t kRowsPerTask = 48;        // rows that share one pass over a tile, at most
 
 BK_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 BK_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
