@@ -5,9 +5,9 @@
 A prompt of 32 tokens for each of 1, 4 and 16 sequences, three steps to warm up, then 32 steps; and one prompt of 512.
 Ids are those of one seed, so that every format touches the same experts; with --greedy each step decodes its own.
 bytes_per_step: what a step must read as it is stored, scales included: the trunk but one embedding row a token, the KV
-cache so far, and the distinct experts that the step was routed to. read_bandwidth: the median of measurements before
-and after every run. limit: tokens/s of the shortest time that a step can take (benchmarks/limit.py). share: of the
-limit, with the bandwidth just before and after a run, because that of a shared machine changes from second to second.
+cache so far, and the distinct experts that the step was routed to. read_bandwidth: the median of measurements between
+every 8 steps. limit: tokens/s of the shortest time that the steps can take (benchmarks/limit.py). share: of the limit,
+each 8 steps with the bandwidth just before and after them, because that of a shared machine changes within a second.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from barista.machine import usable_cores
-from benchmarks.bandwidth import read_bandwidth
+from benchmarks.bandwidth import MemoryReader
 from benchmarks.ids import CONTEXT, PREFILL, SEQUENCES, STEPS, WARM_UP, Ids
 from benchmarks.limit import Part, step_seconds
 from experts import kernels
@@ -40,6 +40,7 @@ from router.model.tensors import trunk_tensors
 from router.precision.run import Choices
 
 BLOCK_SIZE = 16
+STRETCH = 8  # steps between two looks at the memory
 
 
 class Runner:
@@ -73,18 +74,37 @@ class Runner:
         return logits
 
 
-def decode_speed(model: Model, sequences: int, context: int, greedy: bool) -> float:
-    """Tokens a second."""
+class Stretch(NamedTuple):
+    """Some steps in a row: their seconds, and bytes a second of the memory just before and after."""
+
+    seconds: float
+    bandwidth: float
+
+
+def decode(model: Model, reader: MemoryReader, sequences: int, context: int, greedy: bool) -> list[Stretch]:
+    """STEPS steps, STRETCH in each."""
     ids = Ids(model.spec.vocab_size)
     runner = Runner(model, sequences, context + WARM_UP + STEPS)
     logits = prefill(runner, ids, sequences, context)
-    seconds = 0.0
-    for step in range(WARM_UP + STEPS):
+
+    def step(logits: torch.Tensor) -> tuple[torch.Tensor, float]:
         chosen = logits.argmax(-1)[:, None].tolist() if greedy else ids.draw(sequences)
         started = time.perf_counter()
         logits = runner.step(chosen)
-        seconds += (time.perf_counter() - started) * (step >= WARM_UP)
-    return sequences * STEPS / seconds
+        return logits, time.perf_counter() - started
+
+    for _ in range(WARM_UP):
+        logits, _ = step(logits)
+    stretches, before = [], reader.read()
+    for _ in range(STEPS // STRETCH):
+        seconds = 0.0
+        for _ in range(STRETCH):
+            logits, taken = step(logits)
+            seconds += taken
+        after = reader.read()
+        stretches.append(Stretch(seconds, (before + after) / 2))
+        before = after
+    return stretches
 
 
 def prefill(runner: Runner, ids: Ids, sequences: int, context: int) -> torch.Tensor:
@@ -134,11 +154,13 @@ def step_parts(model: Model, path: Path, held: Holding, sequences: int, context:
     return steps
 
 
-class Run(NamedTuple):
-    """Tokens a second, and bytes a second of the memory just before and after."""
-
-    speed: float
-    bandwidth: float
+def least_seconds(steps: list[list[Part]], stretches: list[Stretch], dtype: torch.dtype) -> float:
+    """The limit of all steps, each with the bandwidth of its stretch."""
+    return sum(
+        step_seconds(parts, stretch.bandwidth, dtype)
+        for index, stretch in enumerate(stretches)
+        for parts in steps[index * STRETCH : (index + 1) * STRETCH]
+    )
 
 
 def measure(
@@ -154,31 +176,31 @@ def measure(
         checkpoint, getattr(torch, held.dtype), weight_format=held.format, max_len=context + PREFILL + 64
     )
     ready = time.perf_counter() - started
-    decode_speed(model, 1, 1, greedy)  # maps and touches what every step needs
-    runs: dict[int, list[Run]] = {count: [] for count in sequences}
-    prompts, bandwidths = [], [read_bandwidth(threads)]
-    for _ in range(rounds):
-        for count in sequences:
-            speed = decode_speed(model, count, context, greedy)
-            bandwidths.append(read_bandwidth(threads))
-            runs[count].append(Run(speed, statistics.mean(bandwidths[-2:])))
-        prompts.append(prefill_speed(model))
-        bandwidths.append(read_bandwidth(threads))
-    decode, stored, limits, shares = {}, {}, {}, {}
+    runs: dict[int, list[list[Stretch]]] = {count: [] for count in sequences}
+    prompts = []
+    with MemoryReader(threads) as reader:
+        decode(model, reader, 1, 1, greedy)  # maps and touches what every step needs
+        for _ in range(rounds):
+            for count in sequences:
+                runs[count].append(decode(model, reader, count, context, greedy))
+            prompts.append(prefill_speed(model))
+    speeds, stored, limits, shares = {}, {}, {}, {}
     for count, of_count in runs.items():
         steps = step_parts(model, path, held, count, context)
-        limit = [count * STEPS / sum(step_seconds(s, run.bandwidth, model.dtype) for s in steps) for run in of_count]
-        decode[str(count)] = statistics.median(run.speed for run in of_count)
+        taken = [sum(stretch.seconds for stretch in run) for run in of_count]
+        least = [least_seconds(steps, run, model.dtype) for run in of_count]
+        speeds[str(count)] = count * STEPS / statistics.median(taken)
         stored[str(count)] = sum(part.nbytes for step in steps for part in step) // STEPS
-        limits[str(count)] = statistics.median(limit)
-        shares[str(count)] = statistics.median(run.speed / most for run, most in zip(of_count, limit, strict=True))
+        limits[str(count)] = count * STEPS / statistics.median(least)
+        shares[str(count)] = statistics.median(a / b for a, b in zip(least, taken, strict=True))
+    bandwidths = [stretch.bandwidth for of_count in runs.values() for run in of_count for stretch in run]
     return {
         "model": str(path),
         "format": held.name,
         "threads": threads,
         "context": context,
         "load_seconds": round(ready, 2),
-        "decode": decode,
+        "decode": speeds,
         "prefill_512": statistics.median(prompts),
         "bytes_per_step": stored,
         "read_bandwidth": statistics.median(bandwidths),

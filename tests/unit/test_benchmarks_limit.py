@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import limit
+from benchmarks.engine import STRETCH, Stretch, least_seconds
 from benchmarks.limit import Part, step_seconds
 
 
@@ -21,3 +22,9 @@ def test_each_part_takes_the_longer_of_its_two_times(monkeypatch: pytest.MonkeyP
 def test_a_kernel_has_a_rate_in_every_format() -> None:
     for kind in ("", "fp8", "int8", "int4", "mxfp4"):
         assert limit.kernel_rate(kind, torch.bfloat16, 2) > 0
+
+
+def test_every_step_is_held_against_the_bandwidth_of_its_own_stretch() -> None:
+    steps = [[Part(nbytes=100)]] * STRETCH + [[Part(nbytes=300)]] * STRETCH
+    stretches = [Stretch(seconds=1.0, bandwidth=10.0), Stretch(seconds=1.0, bandwidth=20.0)]
+    assert least_seconds(steps, stretches, torch.bfloat16) == STRETCH * (100 / 10 + 300 / 20)

@@ -80,9 +80,10 @@ BK_INLINE float softmax_chunk(float* scores, int64_t count, float scale, float& 
     return correction;
 }
 
-// Rows that one task computes: tokens [token_begin, token_end) of one sequence, all query heads of one kv head.
+// Rows that one task computes: tokens [token_begin, token_end) of one sequence and, of the query heads of one kv head,
+// those from head_begin to head_end.
 struct HeadGroup {
-    int64_t token_begin, token_end, kv_head;
+    int64_t token_begin, token_end, kv_head, head_begin, head_end;
 };
 
 template <class T>
@@ -111,7 +112,7 @@ struct Attention {
     };
 
     void run(const HeadGroup& task) const {
-        const int64_t num_rows = (task.token_end - task.token_begin) * group_size();
+        const int64_t num_rows = (task.token_end - task.token_begin) * (task.head_end - task.head_begin);
         for (int64_t at = 0; at < num_rows; at += kRowsPerTask)
             run_rows(task, at, at + kRowsPerTask < num_rows ? at + kRowsPerTask : num_rows);
     }
@@ -124,10 +125,11 @@ struct Attention {
         float* sums = sums_buffer.get<float>(num_rows * sums_stride);
         std::memset(sums, 0, static_cast<size_t>(num_rows * sums_stride) * sizeof(float));
         Row rows[kRowsPerTask];
+        const int64_t heads = task.head_end - task.head_begin;
         int64_t num_keys = 0;
         for (int64_t r = 0; r < num_rows; ++r) {
-            const int64_t token = task.token_begin + (begin + r) / group_size();
-            const int64_t head = task.kv_head * group_size() + (begin + r) % group_size();
+            const int64_t token = task.token_begin + (begin + r) / heads;
+            const int64_t head = task.kv_head * group_size() + task.head_begin + (begin + r) % heads;
             rows[r] = {token * query_heads + head, positions[token] + 1, -std::numeric_limits<float>::infinity(), 0.0f};
             pack_row<T>(packed + r * stride, q + rows[r].index * key_dim, key_dim);
             if (rows[r].num_keys > num_keys) num_keys = rows[r].num_keys;
@@ -219,14 +221,19 @@ struct Attention {
     }
 };
 
-// Consecutive tokens of one sequence make a task per kv head, as many as fill kRowsPerTask rows.
+// Consecutive tokens of one sequence make a task per kv head, as many as fill kRowsPerTask rows. Where that leaves
+// threads idle (one sequence of latent attention has one kv head) the query heads are cut, too.
 int64_t make_tasks(const int32_t* seq_ids, int64_t n, int64_t kv_heads, int64_t group_size, Buffer& buffer) {
-    HeadGroup* tasks = buffer.get<HeadGroup>(n * kv_heads);
     const int64_t max_tokens = group_size < kRowsPerTask ? kRowsPerTask / group_size : 1;
+    int64_t parts = ceil_div(2 * num_threads(), ceil_div(n, max_tokens) * kv_heads);
+    if (parts > ceil_div(group_size, kPanelRows)) parts = ceil_div(group_size, kPanelRows);
+    HeadGroup* tasks = buffer.get<HeadGroup>(n * kv_heads * parts);
     int64_t num_tasks = 0;
     for (int64_t begin = 0, end; begin < n; begin = end) {
         for (end = begin + 1; end < n && end - begin < max_tokens && seq_ids[end] == seq_ids[begin];) ++end;
-        for (int64_t head = 0; head < kv_heads; ++head) tasks[num_tasks++] = {begin, end, head};
+        for (int64_t head = 0; head < kv_heads; ++head)
+            for (int64_t part = 0; part < parts; ++part)
+                tasks[num_tasks++] = {begin, end, head, group_size * part / parts, group_size * (part + 1) / parts};
     }
     return num_tasks;
 }

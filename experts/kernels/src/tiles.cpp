@@ -298,12 +298,12 @@ void multiply_panels(const RowGroup<Integer>* const* x, int64_t num_rows, const 
     });
 }
 
-// A strip is taken in parts that stay in the first-level cache while rows stream past.
+// A strip is taken in parts that stay in the second-level cache while rows stream past.
 template <class Tile>
 void multiply_tiles(const PackedOf<Tile>* const* x, int64_t num_rows, const Tile* tiles, int64_t num_tiles,
                     int64_t num_strips, float matrix_scale, float* out, int64_t out_stride) {
     constexpr int64_t kAhead = 1024 / static_cast<int64_t>(sizeof(Tile)) + 1;
-    constexpr int64_t kPart = 8192 / static_cast<int64_t>(sizeof(Tile));
+    constexpr int64_t kPart = 40960 / static_cast<int64_t>(sizeof(Tile));
     constexpr bool kNibbles = std::is_same_v<typename RowInteger<Tile>::Type, int8_t>;
     const int64_t part = num_rows > kTilePanel ? kPart : num_tiles;
     for (int64_t strip = 0; strip < num_strips; ++strip, tiles += num_tiles, out += kTileRows) {
