@@ -2,7 +2,8 @@
 
     python -m benchmarks.engine --model DIR [--format int4] [--context 32] [--greedy] [--rounds 3] [--json]
 
-A prompt of 32 tokens for each of 1, 4 and 16 sequences, three steps to warm up, then 32 steps; and one prompt of 512.
+First a prompt of 512 tokens, uncounted. Then a prompt of 32 for each of 1, 4 and 16 sequences, three steps to warm up,
+and 32 steps; and one prompt of 512.
 Ids are those of one seed, so that every format touches the same experts; with --greedy each step decodes its own.
 bytes_per_step: what a step must read as it is stored, scales included: the trunk but one embedding row a token, the KV
 cache so far, and the distinct experts that the step was routed to. read_bandwidth: the median of measurements between
@@ -179,7 +180,7 @@ def measure(
     runs: dict[int, list[list[Stretch]]] = {count: [] for count in sequences}
     prompts = []
     with MemoryReader(threads) as reader:
-        decode(model, reader, 1, 1, greedy)  # maps and touches what every step needs
+        prefill_speed(model)  # chooses nearly every expert, and so maps and touches what the steps need
         for _ in range(rounds):
             for count in sequences:
                 runs[count].append(decode(model, reader, count, context, greedy))
