@@ -16,7 +16,7 @@ from router.announce import Announcement
 from router.api.app import create_app
 from router.api.settings import ApiSettings
 from router.chat_template import ChatTemplate
-from router.engine_process import EngineProcess
+from router.engine_process import EngineChild, EngineProcess
 from router.format_choice import FormatChoice, choose_format
 from router.keys import Keys
 from router.messages import EngineConfig
@@ -30,11 +30,11 @@ from router.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 
-def assemble(config: ServeConfig, path: Path, keys: Keys, url: str) -> tuple[Server, Announcement]:
+def assemble(config: ServeConfig, path: Path, keys: Keys, url: str, child: EngineChild) -> tuple[Server, Announcement]:
     """A server of the model at `path` that is not running yet, and what to print once it is ready.
 
-    url: where it will be reached. Raises CheckpointError for the tokenizer, chat template, tensors or their format,
-    ConfigError for workers of a dense model, or when traces cannot go where they shall.
+    url: where it will be reached; child: the engine's process. Raises CheckpointError for the tokenizer, chat template,
+    tensors or their format, ConfigError for workers of a dense model, or when traces cannot go where they shall.
     """
     if config.trace_to is not None:
         check_target(config.trace_to)
@@ -42,7 +42,7 @@ def assemble(config: ServeConfig, path: Path, keys: Keys, url: str) -> tuple[Ser
     chat_template = chat_template_of(tokenizer)
     choice = format_choice(config, path)
     config = replace(config, format=choice.format)
-    engine = EngineProcess(engine_config(config, path, tokenizer.eos_token_ids))
+    engine = EngineProcess(engine_config(config, path, tokenizer.eos_token_ids), child)
     pool = pool_process(config, path) if config.has_pool else None
     app = create_app(
         engine, tokenizer, chat_template, api_settings(config, keys), None if pool is None else pool.client

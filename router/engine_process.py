@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Self
 
 import msgspec
 
@@ -36,15 +38,40 @@ CLOSE_SECONDS = 5.0
 STATS_SECONDS = 2.0
 
 
+class EngineChild:
+    """An engine's process that has not been told yet what to load: it is importing what it needs meanwhile.
+
+    It is spawned with its end of a socket pair as its only inherited descriptor. When this process goes, in whatever
+    way, it reads end-of-file and exits. A context: kills it at the end if it still runs.
+    """
+
+    def __init__(self) -> None:
+        self.socket, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "router.engine", str(theirs.fileno())], pass_fds=[theirs.fileno()]
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.socket.close()
+        self.process.kill()
+        self.process.wait()
+
+
 class EngineProcess:
     """Starts the engine, routes its events to the open requests, and ends them all when it dies.
 
-    The process is spawned with its end of a socket pair as its only inherited descriptor. When this process goes, in
-    whatever way, the engine reads end-of-file and exits.
+    child: its process, if it runs already.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, child: EngineChild | None = None) -> None:
         self._config = config
+        self._child = child
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._router: asyncio.Task[None] | None = None
@@ -59,12 +86,9 @@ class EngineProcess:
         pool: PoolAddress | None = None,
     ) -> None:
         """Load the model, without its experts if they are in a pool. Raises BaristaError with the engine's message."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "router.engine", str(theirs.fileno())], pass_fds=[theirs.fileno()]
-            )
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+        child = self._child or EngineChild()
+        self._process = child.process
+        reader, self._writer = await asyncio.open_connection(sock=child.socket)
         self._writer.write(frame(encode(msgspec.structs.replace(self._config, pool=pool))))
         while True:
             payload = await read_frame_async(reader)

@@ -1,7 +1,7 @@
 """`barista serve`: from a configuration to a server that answers, and from a signal to nothing left behind.
 
-The order: take the port, find (or carve) the model, start the API, which says "not ready" while the engine loads in its
-own process, then wait for whatever ends it. This process imports no torch.
+The order: take the port, find (or carve) the model, start the engine's process and beside it the API, which says "not
+ready" while the engine loads, then wait for whatever ends it. This process imports no torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import typer
 from barista.config import ServeConfig
 from barista.errors import BaristaError, ConfigError
 from router.announce import base_url
+from router.engine_process import EngineChild
 from router.keys import read_keys
 from router.models import BUILT_IN, resolve
 
@@ -33,12 +34,14 @@ def serve(config: ServeConfig, *, as_json: bool = False, until_eof: bool = False
     keys = read_keys(config)
     with listen(config.host, config.port) as sock:
         path = prepared(config.model)
-        # Imported here, because it takes a second that an error in what was checked above need not wait for.
-        from router.assemble import assemble
+        with EngineChild() as child:  # imports torch while this process imports the API
+            # Imported here, because it takes a second that an error in what was checked above need not wait for.
+            from router.assemble import assemble
 
-        server, announcement = assemble(config, path, keys, base_url(config.host, sock.getsockname()[1]))
-        text = announcement.as_json if as_json else announcement.as_text
-        return asyncio.run(server.run(sock, lambda model: typer.echo(text(model)), until_eof=until_eof))
+            url = base_url(config.host, sock.getsockname()[1])
+            server, announcement = assemble(config, path, keys, url, child)
+            text = announcement.as_json if as_json else announcement.as_text
+            return asyncio.run(server.run(sock, lambda model: typer.echo(text(model)), until_eof=until_eof))
 
 
 def listen(host: str, port: int) -> socket.socket:
