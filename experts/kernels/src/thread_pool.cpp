@@ -40,8 +40,8 @@ bool spin_until(Ready&& ready) {
 // that wakes late finds another number or no tasks, and touches nothing else.
 //
 // A thread takes a run of neighbouring tasks, long at first and shorter towards the end (guided self-scheduling,
-// Polychronopoulos and Kuck, 1987): tasks that follow each other read memory that does, and what one of them has fetched
-// ahead is where the next begins.
+// Polychronopoulos and Kuck, 1987): tasks that follow each other read memory that does, and what one of them has
+// fetched ahead is where the next begins.
 class Pool {
   public:
     explicit Pool(int threads) : runs_(kRuns * static_cast<uint32_t>(threads)) {
