@@ -18,6 +18,7 @@ import contextlib
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from barista.machine import usable_cores
-from benchmarks.bandwidth import MemoryReader
+from benchmarks.bandwidth import memory_reader
 from benchmarks.ids import CONTEXT, PREFILL, SEQUENCES, STEPS, WARM_UP, Ids
 from benchmarks.limit import Part, step_seconds
 from experts import kernels
@@ -82,7 +83,7 @@ class Stretch(NamedTuple):
     bandwidth: float
 
 
-def decode(model: Model, reader: MemoryReader, sequences: int, context: int, greedy: bool) -> list[Stretch]:
+def decode(model: Model, read_memory: Callable[[], float], sequences: int, context: int, greedy: bool) -> list[Stretch]:
     """STEPS steps, STRETCH in each."""
     ids = Ids(model.spec.vocab_size)
     runner = Runner(model, sequences, context + WARM_UP + STEPS)
@@ -96,13 +97,13 @@ def decode(model: Model, reader: MemoryReader, sequences: int, context: int, gre
 
     for _ in range(WARM_UP):
         logits, _ = step(logits)
-    stretches, before = [], reader.read()
+    stretches, before = [], read_memory()
     for _ in range(STEPS // STRETCH):
         seconds = 0.0
         for _ in range(STRETCH):
             logits, taken = step(logits)
             seconds += taken
-        after = reader.read()
+        after = read_memory()
         stretches.append(Stretch(seconds, (before + after) / 2))
         before = after
     return stretches
@@ -179,11 +180,11 @@ def measure(
     ready = time.perf_counter() - started
     runs: dict[int, list[list[Stretch]]] = {count: [] for count in sequences}
     prompts = []
-    with MemoryReader(threads) as reader:
+    with memory_reader(threads) as read_memory:
         prefill_speed(model)  # chooses nearly every expert, and so maps and touches what the steps need
         for _ in range(rounds):
             for count in sequences:
-                runs[count].append(decode(model, reader, count, context, greedy))
+                runs[count].append(decode(model, read_memory, count, context, greedy))
             prompts.append(prefill_speed(model))
     speeds, stored, limits, shares = {}, {}, {}, {}
     for count, of_count in runs.items():

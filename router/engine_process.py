@@ -7,8 +7,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from types import TracebackType
-from typing import Self
 
 import msgspec
 
@@ -42,7 +40,7 @@ class EngineChild:
     """An engine's process that has not been told yet what to load: it is importing what it needs meanwhile.
 
     It is spawned with its end of a socket pair as its only inherited descriptor. When this process goes, in whatever
-    way, it reads end-of-file and exits. A context: kills it at the end if it still runs.
+    way, it reads end-of-file and exits.
     """
 
     def __init__(self) -> None:
@@ -52,12 +50,8 @@ class EngineChild:
                 [sys.executable, "-m", "router.engine", str(theirs.fileno())], pass_fds=[theirs.fileno()]
             )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Kill it if it still runs."""
         self.socket.close()
         self.process.kill()
         self.process.wait()

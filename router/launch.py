@@ -7,6 +7,7 @@ ready" while the engine loads, then wait for whatever ends it. This process impo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import subprocess
@@ -34,7 +35,7 @@ def serve(config: ServeConfig, *, as_json: bool = False, until_eof: bool = False
     keys = read_keys(config)
     with listen(config.host, config.port) as sock:
         path = prepared(config.model)
-        with EngineChild() as child:  # imports torch while this process imports the API
+        with contextlib.closing(EngineChild()) as child:  # imports torch while this process imports the API
             # Imported here, because it takes a second that an error in what was checked above need not wait for.
             from router.assemble import assemble
 

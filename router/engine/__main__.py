@@ -7,12 +7,12 @@ import signal
 import socket
 import sys
 
-from router.engine.loop import serve
-
 
 def main() -> None:
     """Ctrl-C in a terminal reaches the whole group; the API decides what it means, and closes the socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from router.engine.loop import serve  # takes seconds, in which Ctrl-C may come
+
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     with socket.socket(fileno=int(sys.argv[1])) as sock:
         serve(sock)

@@ -59,13 +59,15 @@ def serve(sock: socket.socket) -> None:
         return
     try:
         engine, ready, traces = _start(decode_config(first), sock)
+        _send(sock, ready)
+    except ConnectionError:
+        return
     except BaristaError as error:
         _send(sock, Fatal(error.message, error.remedy))
         return
     except MemoryError:
         _send(sock, Fatal("There is not enough memory to load the model.", "See `barista inspect`; try --format int4."))
         return
-    _send(sock, ready)
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     reader = threading.Thread(target=_read_commands, args=(sock, commands, traces), daemon=True)
     reader.start()

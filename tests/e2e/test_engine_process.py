@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,8 +18,9 @@ from typing import Any
 import pytest
 
 from barista.errors import BaristaError, EngineFailed
-from router.engine_process import EngineProcess
-from router.messages import EngineConfig, Failed, SamplingParams, Token
+from router.engine_process import EngineChild, EngineProcess
+from router.framing import frame
+from router.messages import EngineConfig, Failed, SamplingParams, Token, encode
 from tests import tiny
 
 Body = Callable[[EngineProcess], Coroutine[Any, Any, None]]
@@ -139,6 +142,33 @@ def test_an_engine_whose_parent_is_killed_ends_by_itself(checkpoint: Path) -> No
     parent.wait()
     parent.stdout.close()
     assert gone(engine_pid)
+
+
+def test_ctrl_c_while_it_imports_is_left_to_the_api() -> None:
+    with contextlib.closing(EngineChild()) as child:
+        process = Path(f"/proc/{child.process.pid}")
+        deadline = time.monotonic() + 20
+        while not ignores(process, signal.SIGINT):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        assert "libtorch" not in (process / "maps").read_text()
+        child.process.send_signal(signal.SIGINT)
+        child.socket.shutdown(socket.SHUT_RDWR)
+        assert child.process.wait(30) == 0
+
+
+def test_an_engine_whose_api_goes_while_it_loads_ends_in_silence(checkpoint: Path) -> None:
+    with contextlib.closing(EngineChild()) as child:
+        child.socket.sendall(frame(encode(EngineConfig(path=str(checkpoint), kv_cache_tokens=512))))
+        child.socket.close()
+        assert child.process.wait(30) == 0
+
+
+def ignores(process: Path, number: signal.Signals) -> bool:
+    """process: its folder in /proc."""
+    lines = (process / "status").read_text().splitlines()
+    mask = next(line for line in lines if line.startswith("SigIgn:")).split()[1]
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 PARENT = """

@@ -90,6 +90,10 @@ def test_a_row_of_attention_has_the_same_bytes_among_other_sequences(dtype):
         assert torch.equal(cache.attend(q[t : t + 1], seq_ids[t : t + 1], positions[t : t + 1])[0], together[t])
 
 
+def test_no_rows_attend_to_nothing():
+    assert Cache(torch.float32).attend(values(0, 4, 24), [], []).shape == (0, 4, 24)
+
+
 def test_keys_and_values_after_a_row_do_not_touch_it():
     """Not even when they are not finite: zero times NaN is NaN."""
     cache = Cache(torch.float32, num_seqs=1, max_tokens=64, block_size=16, kv_heads=1)

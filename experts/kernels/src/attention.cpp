@@ -225,7 +225,7 @@ struct Attention {
 // threads idle (one sequence of latent attention has one kv head) the query heads are cut, too.
 int64_t make_tasks(const int32_t* seq_ids, int64_t n, int64_t kv_heads, int64_t group_size, Buffer& buffer) {
     const int64_t max_tokens = group_size < kRowsPerTask ? kRowsPerTask / group_size : 1;
-    int64_t parts = ceil_div(2 * num_threads(), ceil_div(n, max_tokens) * kv_heads);
+    int64_t parts = n ? ceil_div(2 * num_threads(), ceil_div(n, max_tokens) * kv_heads) : 1;
     if (parts > ceil_div(group_size, kPanelRows)) parts = ceil_div(group_size, kPanelRows);
     HeadGroup* tasks = buffer.get<HeadGroup>(n * kv_heads * parts);
     int64_t num_tasks = 0;
