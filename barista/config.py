@@ -24,7 +24,22 @@ ENV_PREFIX = "BARISTA_"
 OTHER_VARIABLES = frozenset({"BARISTA_CACHE", "BARISTA_CONFIG", "BARISTA_API_KEY", "BARISTA_POOL_TOKEN"})
 POOL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")  # it becomes part of the names of Ray actors
 # Settings of the workers, which say nothing while the experts are in the engine.
-OF_THE_POOL = ("redundancy", "worker_threads", "worker_memory", "transport", "tls_dir")
+OF_THE_POOL = ("redundancy", "worker_threads", "worker_memory", "transport", "controller_port")
+# Settings of an engine, which say nothing to an API whose engines run elsewhere.
+OF_THE_ENGINE = (
+    "workers",
+    "pool",
+    "controller",
+    "expert_memory",
+    "format",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "kv_cache_tokens",
+    "kv_cache_bytes",
+    "block_size",
+    "device",
+)
 FORMATS = ("auto", "float32", "bf16", "fp8", "int8", "int4", "mxfp4")
 KINDS = {int: "an integer", float: "a number", str: "a string", Path: "a path"}
 
@@ -54,12 +69,22 @@ class ServeConfig:
     admin_key_file: Path | None = option(
         None, "File of the keys that may change the pool, one a line; they open every other route too.", shown="no keys"
     )
+    engines: str | None = option(
+        None,
+        "Engines that run elsewhere (barista engine): HOST:PORT with commas between, kubernetes:NAMESPACE/SERVICE, or "
+        "ray:URL of a Ray cluster's dashboard.",
+        shown="one of its own",
+    )
     workers: int = option(0, "Expert worker processes; 0 keeps the experts in the engine.", minimum=0)
     pool: str | None = option(
         None,
         "Join, or make, the worker pool of this name, which outlives the server, on the Ray cluster at RAY_ADDRESS.",
         shown="a pool of its own",
     )
+    controller: str | None = option(
+        None, "HOST:PORT of the controller of a pool that others keep (for barista engine).", shown="none"
+    )
+    controller_port: int = option(0, "Port of the pool's controller; 0 takes a free one.", minimum=0)
     redundancy: int = option(2, "Workers that hold each expert, where memory allows.", minimum=1)
     worker_threads: int | None = option(None, "Threads of each worker.", shown="its share of the cores", minimum=1)
     worker_memory: int | None = option(
@@ -73,6 +98,7 @@ class ServeConfig:
     )
     transport: str = option("auto", "Wire between engine and workers.", choices=("auto", "shm", "grpc"))
     tls_dir: Path | None = option(None, "Folder of ca.pem, cert.pem and key.pem for mutual TLS.", shown="no TLS")
+    device: str = option("cpu", "Where experts and trunk compute.", choices=("cpu", "cuda"))
     format: str = option(
         "auto",
         "Weight format in memory.",
@@ -116,13 +142,30 @@ class ServeConfig:
                 "(max_num_batched_tokens) cannot give each sequence one.",
                 "Lower --max-num-seqs or raise --max-num-batched-tokens.",
             )
+        if self.device != "cpu":
+            raise ConfigError(
+                f"device is {self.device!r}, but this version computes on CPUs alone.",
+                "Give --device cpu, or leave it out.",
+            )
+        self._check_engines()
         self._check_pool()
         self._check_traces()
 
     @property
     def has_pool(self) -> bool:
         """True if the experts are on workers, whoever started them."""
-        return self.workers > 0 or self.pool is not None
+        return self.workers > 0 or self.pool is not None or self.controller is not None
+
+    def _check_engines(self) -> None:
+        if self.engines is None:
+            return
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in OF_THE_ENGINE and value != entry.default:
+                raise ConfigError(
+                    f"{entry.name} is {value}, but the engines run elsewhere ({self.engines}).",
+                    f"Give {entry.name} to the engines, or leave --engines out.",
+                )
 
     def _check_pool(self) -> None:
         if self.pool is not None and POOL_NAME.fullmatch(self.pool) is None:

@@ -201,6 +201,7 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The families of Prometheus' collector protocol."""
+        yield _gauge("engine_up", "1 while an engine answers.", self.stats is not None)
         if self.stats is not None:
             yield from _engine_metrics(self.stats)
             yield from _expert_metrics(self.stats.expert_tokens)

@@ -13,7 +13,7 @@ and go, so a client checks the server's certificate against one fixed name: ever
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,17 @@ SERVER_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 1_000),
     ("grpc.so_reuseport", 0),
 )
+
+
+def deployment_token(environ: Mapping[str, str]) -> str:
+    """The token that all parts of a deployment share. Raises ConfigError where it is not set."""
+    token = environ.get(TOKEN_VARIABLE, "")
+    if not token:
+        raise ConfigError(
+            f"{TOKEN_VARIABLE} is not set; engines and their APIs know each other by it.",
+            f"Set it to the same secret for all of them: export {TOKEN_VARIABLE}=$(openssl rand -hex 32)",
+        )
+    return token
 
 
 class Trust:

@@ -24,17 +24,18 @@ class Announcement:
     """What is known before the model is loaded. url: without a path. has_chat: the model has a chat template.
 
     format: of the weights in memory, with the reason if there is one. workers: those that hold the experts, in words;
-    empty while the engine holds them.
+    empty while the engine holds them. engines: where they are, if not here; what is told of an own engine is left out.
     """
 
     url: str
     model_id: str
     path: Path
-    format: str
-    threads: int
     has_chat: bool
     needs_key: bool
+    format: str = ""
+    threads: int = 0
     workers: str = ""
+    engines: str = ""
 
     def as_json(self, model: ModelInfo) -> str:
         """For programs."""
@@ -43,19 +44,18 @@ class Announcement:
     def as_text(self, model: ModelInfo) -> str:
         """For people."""
         experts = f", {model.num_experts} experts in a layer" if model.num_experts else ""
-        workers = f"  workers   {self.workers}\n" if self.workers else ""
         kv_size = size(model.kv_capacity_tokens * model.kv_bytes_per_token)
-        return (
-            f"Ready: {self.model_id} at {self.url}/v1\n"
-            f"  model     {self.path} ({model.num_layers} layers{experts}, {model.dtype})\n"
-            f"  format    {self.format}\n"
-            f"  context   {model.max_model_len:,} tokens\n"
-            f"  KV cache  {model.kv_capacity_tokens:,} tokens, {kv_size}\n"
-            f"  threads   {self.threads}\n"
-            f"{workers}"
-            f"Try it:\n  {self.curl_line()}\n"
-            "Ctrl-C stops it."
-        )
+        facts = {
+            "model": f"{self.path} ({model.num_layers} layers{experts}, {model.dtype})",
+            "format": self.format,
+            "context": f"{model.max_model_len:,} tokens",
+            "KV cache": "" if self.engines else f"{model.kv_capacity_tokens:,} tokens, {kv_size}",
+            "threads": str(self.threads or ""),
+            "workers": self.workers,
+            "engines": self.engines,
+        }
+        lines = "".join(f"  {name:<10}{fact}\n" for name, fact in facts.items() if fact)
+        return f"Ready: {self.model_id} at {self.url}/v1\n{lines}Try it:\n  {self.curl_line()}\nCtrl-C stops it."
 
     def curl_line(self) -> str:
         """A shell command that gets an answer from the server."""

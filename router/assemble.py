@@ -10,6 +10,7 @@ from pathlib import Path
 from barista.config import ServeConfig
 from barista.machine import available_memory
 from barista.tracing import check_target
+from barista.trust import Trust, deployment_token
 from experts.checkpoint import open_checkpoint
 from experts.checkpoint.names import check_names
 from router.announce import Announcement
@@ -17,17 +18,43 @@ from router.api.app import create_app
 from router.api.settings import ApiSettings
 from router.chat_template import ChatTemplate
 from router.engine_process import EngineChild, EngineProcess
+from router.engine_sources import engine_source
+from router.engines import Engines
 from router.format_choice import FormatChoice, choose_format
 from router.keys import Keys
 from router.messages import EngineConfig
 from router.model.families import model_spec
 from router.model.tensors import expert_tensors, ignored_tensors, trunk_tensors
 from router.models import BUILT_IN, existing_path
+from router.pool_client import PoolClient
 from router.pool_order import RAY_ADDRESS, pool_process, trace_target, worker_threads
 from router.server import Server
 from router.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+
+def assemble_api(config: ServeConfig, path: Path, keys: Keys, url: str) -> tuple[Server, Announcement]:
+    """As `assemble`, with the engines that `config.engines` names. Of the model, the tokenizer alone is read.
+
+    Raises ConfigError for a source that names none, or without the deployment's token.
+    """
+    assert config.engines is not None
+    token = deployment_token(os.environ)
+    source = engine_source(config.engines, os.environ)
+    tokenizer = Tokenizer.from_checkpoint(path)
+    chat_template = chat_template_of(tokenizer)
+    engines = Engines(source, Trust(token, config.tls_dir), token, tokenizer.digest)
+    app = create_app(engines, tokenizer, chat_template, api_settings(config, keys), PoolClient(engines.pool_address))
+    announcement = Announcement(
+        url=url,
+        model_id=model_id(config),
+        path=path,
+        engines=config.engines,
+        has_chat=chat_template is not None,
+        needs_key=bool(keys.api),
+    )
+    return Server(app, engines, drain_timeout=config.drain_timeout), announcement
 
 
 def assemble(config: ServeConfig, path: Path, keys: Keys, url: str, child: EngineChild) -> tuple[Server, Announcement]:

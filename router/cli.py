@@ -10,7 +10,7 @@ from rich.console import Console
 
 import barista
 from barista.errors import BaristaError
-from router.commands import bench, carve, chat, inspect, models, pool, precision, pull, serve, status
+from router.commands import bench, carve, chat, deploy, engine, inspect, models, pool, precision, pull, serve, status
 
 app = typer.Typer(
     name="barista",
@@ -20,10 +20,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (serve, chat, bench, status, models, inspect, precision, pull, carve):
+for module in (serve, chat, bench, status, models, inspect, precision, pull, carve, engine, deploy):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 for command in (pool.drain, pool.scale, pool.rebalance):
     app.command(command.__name__)(command)
+app.command("keep", hidden=True)(deploy.keep)
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
-from router.messages import Failed, ModelInfo, SamplingParams, Stats, Token
+from router.messages import Failed, ModelInfo, PoolAddress, SamplingParams, Stats, Token
 
 
 class EngineClient(Protocol):
@@ -22,9 +23,16 @@ class EngineClient(Protocol):
         ...
 
     def submit(
-        self, request_id: str, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, salt: bytes = b""
+        self,
+        request_id: str,
+        prompt_token_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        salt: bytes = b"",
+        drawn_token_ids: tuple[int, ...] = (),
     ) -> AsyncIterator[Token | Failed]:
         """Start one sequence. The iterator ends after a Token with a finish_reason or after a Failed.
+
+        drawn_token_ids: its first tokens, if another engine has drawn them already; they are not reported again.
 
         Closing the iterator early (aclose, or a cancelled task) aborts the request.
         A dead engine ends every open iterator with Failed(code="engine_dead").
@@ -33,4 +41,18 @@ class EngineClient(Protocol):
 
     async def stats(self) -> Stats:
         """A fresh Stats. Raises EngineFailed if the engine is dead."""
+        ...
+
+
+class StartableEngine(EngineClient, Protocol):
+    """An EngineClient as its server sees it. died: set when it has gone for good."""
+
+    died: asyncio.Event
+
+    async def start(self, on_progress: Callable[[float, str], None], pool: PoolAddress | None = None) -> None:
+        """Returns when it serves. pool: where its experts are, if not with it. Raises BaristaError."""
+        ...
+
+    async def close(self) -> None:
+        """End it, or the connection to it. Every open request gets its Failed event."""
         ...

@@ -11,29 +11,25 @@ from collections.abc import AsyncIterator, Callable
 import msgspec
 
 from barista.errors import BaristaError, EngineFailed
+from router.engine_session import ENGINE_DEAD, EngineSession, dead
 from router.framing import frame, read_frame_async
 from router.messages import (
-    Abort,
     Command,
     EngineConfig,
     Failed,
     Fatal,
-    GetStats,
     Loading,
     ModelInfo,
     PoolAddress,
     Ready,
     SamplingParams,
     Stats,
-    StepEvents,
-    Submit,
     Token,
     decode_event,
     encode,
 )
 
 CLOSE_SECONDS = 5.0
-STATS_SECONDS = 2.0
 
 
 class EngineChild:
@@ -70,9 +66,8 @@ class EngineProcess:
         self._writer: asyncio.StreamWriter | None = None
         self._router: asyncio.Task[None] | None = None
         self._model: ModelInfo | None = None
-        self._open: dict[str, asyncio.Queue[Token | Failed]] = {}
-        self._stats: list[asyncio.Future[Stats]] = []
-        self.died = asyncio.Event()
+        self._session = EngineSession(self._send)
+        self.died = self._session.ended
 
     async def start(
         self,
@@ -118,39 +113,24 @@ class EngineProcess:
             raise EngineFailed("The model is still loading.", status=503, code="loading", retry_after=1)
         return self._model
 
-    async def submit(
-        self, request_id: str, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, salt: bytes = b""
+    def submit(
+        self,
+        request_id: str,
+        prompt_token_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        salt: bytes = b"",
+        drawn_token_ids: tuple[int, ...] = (),
     ) -> AsyncIterator[Token | Failed]:
         """As EngineClient.submit."""
         if not self.ready:
-            yield _dead(request_id)
-            return
-        events: asyncio.Queue[Token | Failed] = asyncio.Queue()
-        self._open[request_id] = events
-        self._send(Submit(request_id, prompt_token_ids, sampling, salt))
-        finished = False
-        try:
-            while not finished:
-                event = await events.get()
-                finished = isinstance(event, Failed) or event.finish_reason is not None
-                yield event
-        finally:
-            del self._open[request_id]
-            if not finished:
-                self._send(Abort((request_id,)))
+            return _refused(request_id)
+        return self._session.submit(request_id, prompt_token_ids, sampling, salt, drawn_token_ids)
 
     async def stats(self) -> Stats:
         """As EngineClient.stats."""
         if not self.ready:
-            raise EngineFailed("The engine is not running.", status=503, code="engine_dead")
-        answer: asyncio.Future[Stats] = asyncio.get_running_loop().create_future()
-        self._stats.append(answer)
-        self._send(GetStats())
-        try:
-            return await asyncio.wait_for(answer, STATS_SECONDS)
-        except TimeoutError:
-            message = f"The engine has not answered for {STATS_SECONDS} s; it may be in a long step."
-            raise EngineFailed(message, status=503, code="engine_busy") from None
+            raise EngineFailed("The engine is not running.", status=503, code=ENGINE_DEAD)
+        return await self._session.stats()
 
     async def close(self) -> None:
         """End the engine; kill it if it does not go by itself. Every open request gets its Failed event."""
@@ -170,38 +150,16 @@ class EngineProcess:
             await asyncio.to_thread(self._process.wait)
 
     def _send(self, command: Command) -> None:
-        if self._writer is not None and not self.died.is_set() and not self._writer.is_closing():
+        if self._writer is not None and not self._writer.is_closing():
             self._writer.write(frame(encode(command)))
 
     async def _route(self, reader: asyncio.StreamReader) -> None:
         try:
             while (payload := await read_frame_async(reader)) is not None:
-                event = decode_event(payload)
-                if isinstance(event, StepEvents):
-                    items: tuple[Token | Failed, ...] = (*event.tokens, *event.failed)
-                    for item in items:
-                        if (queue := self._open.get(item.request_id)) is not None:
-                            queue.put_nowait(item)
-                elif isinstance(event, Stats):
-                    self._answer_stats(event)
+                self._session.take(decode_event(payload))
         finally:
-            self._end_all()
-
-    def _end_all(self) -> None:
-        """The engine has gone, or speaks what we do not understand: nobody may wait for it any more."""
-        self.died.set()
-        for request_id, queue in self._open.items():
-            queue.put_nowait(_dead(request_id))
-        for answer in self._stats:
-            if not answer.done():
-                answer.set_exception(EngineFailed("The engine died.", status=503, code="engine_dead"))
-        self._stats.clear()
-
-    def _answer_stats(self, stats: Stats) -> None:
-        answer = self._stats.pop(0)
-        if not answer.done():
-            answer.set_result(stats)
+            self._session.end()
 
 
-def _dead(request_id: str) -> Failed:
-    return Failed(request_id, "engine_dead", "The engine died; the answer cannot be finished.")
+async def _refused(request_id: str) -> AsyncIterator[Token | Failed]:
+    yield dead(request_id)

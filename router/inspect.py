@@ -27,7 +27,7 @@ class Inspection:
     engine holds them in memory, which is what a token reads of: active_bytes_per_token; reason: why in this format, if
     it was chosen for its size. memory_bytes: what serving needs, the held weights, of the experts no more than may be
     in memory, and the KV cache of one conversation of 4,096 tokens. num_experts, top_k: in one MoE layer, 0 for a dense
-    model. shared_intermediate_size: of the shared experts' FFN.
+    model. shared_intermediate_size: of the shared experts' FFN. expert_bytes: of held_bytes, all routed experts.
     """
 
     family: str
@@ -39,12 +39,14 @@ class Inspection:
     num_moe_layers: int
     num_experts: int
     top_k: int
+    hidden_size: int
     shared_intermediate_size: int
     max_model_len: int
     parameters: int
     active_parameters: int
     file_bytes: int
     held_bytes: int
+    expert_bytes: int
     active_bytes_per_token: int
     kv_bytes_per_token: int
     memory_bytes: int
@@ -79,12 +81,14 @@ def inspect_checkpoint(
         num_moe_layers=len(moe_layers),
         num_experts=spec.num_experts,
         top_k=max((layer.gate.top_k for layer in moe_layers), default=0),
+        hidden_size=spec.hidden_size,
         shared_intermediate_size=max((layer.shared_intermediate_size for layer in moe_layers), default=0),
         max_model_len=spec.max_position,
         parameters=parameters,
         active_parameters=active_parameters,
         file_bytes=stored_bytes(checkpoint, held),
         held_bytes=sum(held.values()),
+        expert_bytes=sum(held[name] for name in expert_tensors(spec)),
         active_bytes_per_token=active_bytes(spec, held),
         kv_bytes_per_token=kv_bytes_per_token(spec, choice.held),
         memory_bytes=memory,

@@ -33,16 +33,30 @@ def serve(config: ServeConfig, *, as_json: bool = False, until_eof: bool = False
     logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its other lines tell what ours tell
     keys = read_keys(config)
-    with listen(config.host, config.port) as sock:
+    _check_tls(config)
+    with listen(config.host, config.port) as sock, contextlib.ExitStack() as stack:
         path = prepared(config.model)
-        with contextlib.closing(EngineChild()) as child:  # imports torch while this process imports the API
-            # Imported here, because it takes a second that an error in what was checked above need not wait for.
+        url = base_url(config.host, sock.getsockname()[1])
+        # What is imported here takes a second that an error in what was checked above need not wait for.
+        if config.engines is not None:
+            from router.assemble import assemble_api
+
+            server, announcement = assemble_api(config, path, keys, url)
+        else:
+            child = stack.enter_context(contextlib.closing(EngineChild()))  # imports torch while we import the API
             from router.assemble import assemble
 
-            url = base_url(config.host, sock.getsockname()[1])
             server, announcement = assemble(config, path, keys, url, child)
-            text = announcement.as_json if as_json else announcement.as_text
-            return asyncio.run(server.run(sock, lambda model: typer.echo(text(model)), until_eof=until_eof))
+        text = announcement.as_json if as_json else announcement.as_text
+        return asyncio.run(server.run(sock, lambda model: typer.echo(text(model)), until_eof=until_eof))
+
+
+def _check_tls(config: ServeConfig) -> None:
+    if config.tls_dir is not None and not config.has_pool and config.engines is None:
+        raise ConfigError(
+            f"tls_dir is {config.tls_dir}, but there are no workers: the experts are in the engine.",
+            "Give --workers N or --pool NAME with it, or leave tls_dir out.",
+        )
 
 
 def listen(host: str, port: int) -> socket.socket:

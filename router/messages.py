@@ -1,6 +1,7 @@
-"""What the API process and the engine say to each other: plain values, msgpack on a socket pair, never pickle.
+"""What the API process and the engine say to each other: plain values, msgpack, never pickle.
 
-A frame is a 4-byte little-endian length and that many bytes of msgpack. The API sends `Command`s; the engine answers
+On a socket pair a frame is a 4-byte little-endian length and that many bytes of msgpack; between hosts it is a message
+of a gRPC stream (proto/barista/v1/engine.proto). The API sends `Command`s; the engine answers
 with `Event`s, one `StepEvents` frame a step.
 """
 
@@ -76,12 +77,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """One sequence. `n` choices are `n` submissions. salt: prefix-cache blocks are shared within one salt only."""
+    """One sequence. `n` choices are `n` submissions. salt: prefix-cache blocks are shared within one salt only.
+
+    drawn_token_ids: its first tokens, which another engine has drawn before it was lost: the next ones follow.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     salt: bytes = b""
+    drawn_token_ids: tuple[int, ...] = ()
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -109,6 +114,19 @@ class ModelInfo(msgspec.Struct, frozen=True):
     num_layers: int
     num_experts: int
     numerics_id: str
+
+
+class Greeting(msgspec.Struct, frozen=True, tag=True, kw_only=True):
+    """The first event of an engine that runs apart (barista.v1.Engine): what an API must know before it sends anything.
+
+    version: of this package; the messages of two versions may differ. tokenizer: Tokenizer.digest. controller:
+    host:port of the controller of its pool, empty while the experts are in the engine.
+    """
+
+    version: str
+    model: ModelInfo
+    tokenizer: str
+    controller: str = ""
 
 
 class Loading(msgspec.Struct, frozen=True, tag=True):
@@ -234,7 +252,7 @@ class StepEvents(msgspec.Struct, frozen=True, tag=True):
 
 
 Command = Submit | Abort | GetStats
-Event = Loading | Ready | Fatal | StepEvents | Stats
+Event = Greeting | Loading | Ready | Fatal | StepEvents | Stats
 
 encode = msgspec.msgpack.Encoder().encode
 decode_config = msgspec.msgpack.Decoder(EngineConfig).decode

@@ -52,6 +52,7 @@ def pool_order(config: ServeConfig, path: Path) -> PoolConfig:
         expert_bytes=expert_bytes(checkpoint, model),
         trace_to=trace_target(config),
         trace_ratio=config.trace_ratio,
+        controller_port=config.controller_port,
     )
 
 

@@ -52,21 +52,24 @@ class HubFile(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What one revision (a commit) of a model consists of."""
+    """What one revision (a commit) of a model consists of. tokenizer_only: all but its weights."""
 
     revision: str
     files: tuple[HubFile, ...]
+    tokenizer_only: bool = False
 
 
-def pull(name: str) -> Path:
+def pull(name: str, *, tokenizer_only: bool = False) -> Path:
     """Bring the hub's model `name` into the cache and return its folder. What is there already is verified.
+
+    tokenizer_only: without the weights, for an API whose engines run elsewhere; a whole model stays whole.
 
     An interrupted download goes on where it stopped; of a damaged model only what differs is downloaded again. A whole
     one needs no connection. The architecture is checked before any weight is downloaded. Raises BaristaError: no such
     model, no access, no connection, a damaged file, an unknown architecture, no space.
     """
     try:
-        return _pull(name, pulled_path(name))
+        return _pull(name, pulled_path(name), tokenizer_only)
     except GatedRepoError as error:
         raise BaristaError(f"{name} is gated.", "Accept its terms on the hub, then run: hf auth login") from error
     except RepositoryNotFoundError as error:
@@ -79,11 +82,13 @@ def pull(name: str) -> Path:
         ) from error
 
 
-def _pull(name: str, final: Path) -> Path:
+def _pull(name: str, final: Path, tokenizer_only: bool) -> Path:
     known = _read_manifest(final)
+    if known is not None and known.tokenizer_only and not tokenizer_only:
+        known = None  # there is more to it
     if known is not None and not _differing(final, known):
         return final
-    manifest = known or _ask_hub(name)
+    manifest = known or _ask_hub(name, tokenizer_only)
     with new_directory(final, sum(file.size for file in manifest.files), resume=True) as folder:
         if folder is None:
             _repair(name, final, manifest)
@@ -92,7 +97,7 @@ def _pull(name: str, final: Path) -> Path:
     return final
 
 
-def _ask_hub(name: str) -> Manifest:
+def _ask_hub(name: str, tokenizer_only: bool) -> Manifest:
     """What the hub's newest revision holds of WANTED."""
     info = HfApi().model_info(name, files_metadata=True)
     files = tuple(
@@ -102,7 +107,9 @@ def _ask_hub(name: str) -> Manifest:
     )
     if not any(file.name.endswith(".safetensors") for file in files):
         raise BaristaError(f"{name} has no safetensors files.", "Choose a repository that has them.")
-    return Manifest(info.sha or "main", files)
+    if tokenizer_only:
+        files = tuple(file for file in files if not file.name.endswith(".safetensors"))
+    return Manifest(info.sha or "main", files, tokenizer_only)
 
 
 def _download(name: str, folder: Path, manifest: Manifest) -> None:

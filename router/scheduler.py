@@ -157,10 +157,13 @@ class Scheduler:
 
     def _refuse_impossible(self, sequence: Sequence) -> None:
         num_prompt, max_tokens = sequence.num_prompt_tokens, sequence.sampling.max_tokens
+        num_drawn = len(sequence.output_token_ids)
         if sequence.request_id in self._sequences:
             raise InvalidRequest(f"request id {sequence.request_id!r} is in use; choose another")
         if num_prompt == 0 or max_tokens < 1:
             raise InvalidRequest(f"a prompt of {num_prompt} and max_tokens of {max_tokens}: each must be at least 1")
+        if num_drawn >= max_tokens:
+            raise InvalidRequest(f"{num_drawn} tokens were drawn elsewhere, but max_tokens is {max_tokens}")
         if num_prompt + max_tokens > self.max_model_len:
             raise InvalidRequest(
                 f"{num_prompt} prompt tokens and max_tokens {max_tokens} exceed the context of {self.max_model_len} "
@@ -219,7 +222,7 @@ class Scheduler:
         sequence.block_table = matched + fresh
         sequence.num_computed_tokens = len(matched) * block_size
         if sequence.num_preemptions == 0:
-            sequence.num_cached_tokens = sequence.num_computed_tokens
+            sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
         self.pool.count_query(num_tokens, sequence.num_computed_tokens)
         sequence.status = Status.RUNNING
         self.running.append(self.waiting.popleft())

@@ -10,12 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import signal
 import socket
-import sys
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
@@ -23,7 +19,8 @@ from fastapi import FastAPI
 
 from barista.errors import BaristaError
 from router.console import OnProgress, progress
-from router.engine_process import EngineProcess
+from router.ending import Ending
+from router.engine_client import StartableEngine
 from router.messages import ModelInfo
 from router.pool_process import PoolProcess
 
@@ -41,19 +38,11 @@ class _Http(uvicorn.Server):
         yield
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Ending:
-    """Events that end the server, in the event loop's own terms."""
-
-    now: asyncio.Event
-    drain: asyncio.Event
-
-
 class Server:
     """An application (router.api.app), its engine and the pool of its experts. drain_timeout: seconds."""
 
     def __init__(
-        self, app: FastAPI, engine: EngineProcess, pool: PoolProcess | None = None, *, drain_timeout: float
+        self, app: FastAPI, engine: StartableEngine, pool: PoolProcess | None = None, *, drain_timeout: float
     ) -> None:
         self._app = app
         self._engine = engine
@@ -71,8 +60,8 @@ class Server:
 
     async def run(self, sock: socket.socket, on_ready: Callable[[ModelInfo], None], *, until_eof: bool) -> int:
         """Serve on a listening socket until something ends it. Returns the exit status; raises BaristaError."""
-        ending = _Ending(now=asyncio.Event(), drain=asyncio.Event())
-        _watch_signals(ending, until_eof)
+        ending = Ending()
+        ending.watch(until_eof=until_eof)
         http = asyncio.create_task(self._http.serve(sockets=[sock]))
         try:
             if await self._load(ending, http):
@@ -87,7 +76,7 @@ class Server:
         http.result()
         return 0
 
-    async def _load(self, ending: _Ending, http: asyncio.Task[None]) -> bool:
+    async def _load(self, ending: Ending, http: asyncio.Task[None]) -> bool:
         """Start pool and engine; False if a signal came first. Raises BaristaError with the reason of who cannot."""
         with progress("Loading") as on_progress:
             loading = asyncio.create_task(self._start(on_progress))
@@ -116,7 +105,7 @@ class Server:
         finally:
             starting.cancel()
 
-    async def _until_ended(self, ending: _Ending, http: asyncio.Task[None]) -> None:
+    async def _until_ended(self, ending: Ending, http: asyncio.Task[None]) -> None:
         await _first(http, self._lost(), ending.now.wait(), ending.drain.wait())
         if ending.drain.is_set() and not ending.now.is_set():
             log.info("Draining: open streams have %g s to finish.", self._drain_timeout)
@@ -145,23 +134,6 @@ def _require_running(http: asyncio.Task[None]) -> None:
         raise BaristaError(
             "The HTTP server ended by itself; the lines above may say why.", "Start the server again."
         ) from http.exception()
-
-
-def _watch_signals(ending: _Ending, until_eof: bool) -> None:
-    loop = asyncio.get_running_loop()
-
-    def terminate() -> None:
-        (ending.now if ending.drain.is_set() else ending.drain).set()
-
-    def read_stdin() -> None:
-        if not os.read(sys.stdin.fileno(), 1):
-            loop.remove_reader(sys.stdin.fileno())
-            ending.now.set()
-
-    loop.add_signal_handler(signal.SIGINT, ending.now.set)
-    loop.add_signal_handler(signal.SIGTERM, terminate)
-    if until_eof:
-        loop.add_reader(sys.stdin.fileno(), read_stdin)
 
 
 async def _first(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any], timeout: float | None = None) -> None:

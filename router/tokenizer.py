@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -66,6 +67,11 @@ class Tokenizer:
         if gguf is None:
             raise _no_tokenizer(path)
         return _from_gguf(gguf)
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that are equal for equal tokenizers."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
 
     @property
     def vocab_size(self) -> int:

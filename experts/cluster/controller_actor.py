@@ -65,6 +65,10 @@ class ControllerActor:
         """(host:port, token, the model's digest, the model's path)."""
         return self._address, self._token, self._config.model.digest, str(self._config.model.path)
 
+    def tls_dir(self) -> str | None:
+        """The folder of the certificates, on every node."""
+        return self._config.tls_dir
+
     def start_workers(self) -> None:
         """Place the first workers; they start on their own. Raises ConfigError when they cannot be placed."""
         asyncio.run_coroutine_threadsafe(self._start_workers(), self._thread.loop).result()
@@ -96,7 +100,7 @@ class ControllerActor:
         host = listening_host(self._config, self._home)
         key = f"barista/{self._namespace}/address"
         old_host, _, old_port = (_internal_kv_get(key) or b"").decode().rpartition(":")
-        port = int(old_port) if old_host == host else 0
+        port = self._config.controller_port or (int(old_port) if old_host == host else 0)
         deadline = time.monotonic() + PORT_SECONDS
         while True:
             try:

@@ -21,9 +21,10 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from barista.errors import BaristaError, ConfigError
-from barista.trust import Trust
+from barista.trust import TOKEN_VARIABLE, Trust
 from experts.cluster import messages
 from experts.cluster.controller_actor import NAME, ControllerActor
+from experts.cluster.deployment import Deployment
 from experts.cluster.local import joined_cluster, local_cluster
 from experts.cluster.messages import PoolConfig
 from experts.cluster.processes import end_with_parent
@@ -66,7 +67,7 @@ class Keeper:
 
     def _keep(self, config: PoolConfig) -> None:
         namespace = f"barista-{config.pool or secrets.token_hex(4)}"
-        token = secrets.token_urlsafe(32)
+        token = os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32)
         Trust(token, Path(config.tls_dir) if config.tls_dir else None)  # a bad folder is found out before Ray starts
         self._say(messages.progress(0.0, "starting Ray"))
         with _cluster(config, namespace):
@@ -82,19 +83,28 @@ class Keeper:
                         f"{config.model.path} (digest {config.model.digest.hex()}).",
                         "Give another --pool, or that model.",
                     )
-                if is_new:
+                deployment = None
+                if config.engines:
+                    trust = Trust(token, Path(config.tls_dir) if config.tls_dir else None)
+                    deployment = Deployment(config, namespace, address, trust, self._say_waiting)
+                elif is_new:
                     self._say(messages.progress(0.8, f"placing {config.workers} workers"))
                     _answer(controller.start_workers.remote(), config)
                 self._say(messages.ready(address, token, config.pool or ""))
-                self._wait(controller, config)
+                self._wait(controller, config, deployment)
                 if config.pool is not None:
                     farewell.pop_all()
 
-    def _wait(self, controller: Any, config: PoolConfig) -> None:
+    def _wait(self, controller: Any, config: PoolConfig, deployment: Deployment | None) -> None:
         while not self._end.wait(ALIVE_SECONDS):
+            if deployment is not None:
+                deployment.tend()
             if config.pool is None:
                 with contextlib.suppress(RayError):
                     ray.get(controller.keep_alive.remote(), timeout=ALIVE_SECONDS)
+
+    def _say_waiting(self, text: str) -> None:
+        self._say(messages.progress(0.9, text))
 
     def _await_end_of_file(self) -> None:
         with contextlib.suppress(OSError):

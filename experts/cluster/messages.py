@@ -17,6 +17,8 @@ class PoolConfig:
     pool: the name of a pool that outlives its servers; None for a pool of one server. workers: how many. threads: of
     each. worker_memory: bytes of experts in each; None for its share of the node's free memory. expert_bytes: of one
     expert, by layer. trace_to, trace_ratio: where workers send traces, if anywhere, and of what share of the steps.
+    controller_port: of the controller; 0 takes a free one. engines, engine_command: how many engines to keep beside a
+    pool that has a name, and what each of them runs (experts.cluster.engines).
     """
 
     pool: str | None
@@ -29,6 +31,9 @@ class PoolConfig:
     expert_bytes: dict[int, int]
     trace_to: str | None = None
     trace_ratio: float = TRACE_RATIO
+    controller_port: int = 0
+    engines: int = 0
+    engine_command: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """For from_json in another process."""
@@ -41,6 +46,7 @@ class PoolConfig:
         value = json.loads(text)
         model = value["model"]
         value["model"] = ExpertModel.from_json(model if isinstance(model, str) else json.dumps(model))
+        value["engine_command"] = tuple(value.get("engine_command", ()))
         value["expert_bytes"] = {int(layer): size for layer, size in value["expert_bytes"].items()}
         return cls(**value)
 

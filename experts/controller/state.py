@@ -51,6 +51,8 @@ class Pool(Picture):
         """Where a member can be reached."""
         member = self.members.get(name)
         if member is not None and (member.address, member.node, member.domain) != (address, node, domain):
+            if member.node not in ("", node):  # the drain was of the node that it has left
+                member.draining = member.leaving
             member.address, member.node, member.domain = address, node, domain
             self._changed()
 

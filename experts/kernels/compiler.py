@@ -1,6 +1,7 @@
 """Compiles the C++ kernels, once per instruction set, into Barista's cache.
 
 The cache folder's name is a digest of the sources, the flags and the compiler, so that a stale library is never loaded.
+Libraries that were compiled into the installed package come first: they need neither a compiler nor the cache.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from barista.errors import BaristaError, CacheError
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
+INSTALLED = Path(__file__).parent / "lib"  # of an image, see `build_installed`
 
 # No -ffast-math and no contraction: the order and the rounding of every sum are those of the source (src/simd.h).
 _FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-pthread", "-w")
@@ -79,6 +81,11 @@ def cpu_flags() -> frozenset[str]:
     return next((frozenset(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), frozenset())
 
 
+def compilable_variants() -> tuple[Variant, ...]:
+    """The variants of this machine's architecture, also those that only newer processors run."""
+    return VARIANTS if platform.machine() == "x86_64" else VARIANTS[-1:]
+
+
 def runnable_variants() -> tuple[Variant, ...]:
     """The variants that this machine can run, best first. The last one runs anywhere."""
     here = cpu_flags()
@@ -89,7 +96,7 @@ def runnable_variants() -> tuple[Variant, ...]:
 def source_digest() -> str:
     """Hexadecimal digest of the kernels' sources and common flags."""
     digest = hashlib.sha256(repr(_FLAGS).encode())
-    for path in sorted(SOURCES.glob("*.[ch]*")):
+    for path in sorted(SOURCES.glob("[!.]*.[ch]*")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -119,32 +126,59 @@ def _compiler_version(compiler: tuple[str, ...]) -> bytes:
 def library_path(variant: Variant) -> Path:
     """Where this variant's library is, or will be when it has been built. Raises NoCompiler."""
     compiler = find_compiler()
+    return cache_root() / "kernels" / _digest(compiler, _compiler_version(compiler)) / f"{variant.name}.so"
+
+
+def installed_path(variant: Variant) -> Path:
+    """Where this variant's library is if it was compiled into the installed package, by whatever compiler."""
+    return INSTALLED / _digest() / f"{variant.name}.so"
+
+
+def _digest(*compiler: object) -> str:
+    """Of all that the libraries' code depends on."""
     flags = [(known.name, known.flags) for known in VARIANTS]
-    identity = repr((source_digest(), flags, compiler, platform.machine())).encode() + _compiler_version(compiler)
-    return cache_root() / "kernels" / hashlib.sha256(identity).hexdigest()[:16] / f"{variant.name}.so"
+    return hashlib.sha256(repr((source_digest(), flags, platform.machine(), *compiler)).encode()).hexdigest()[:16]
 
 
 def build(variant: Variant) -> Path:
-    """Compile one variant unless the cache has it; its path.
+    """Compile one variant unless the installed package or the cache has it; its path.
 
     Raises NoCompiler, CacheError when the cache cannot be written, and BaristaError with the compiler's first lines.
     """
+    if (installed := installed_path(variant)).exists():
+        return installed
     target = library_path(variant)
     if target.exists():
         return target
     logger.warning("compiling the CPU kernels (%s), once", variant.name)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            unfinished = Path(folder) / target.name
-            _compile(find_compiler(), variant, unfinished)
-            unfinished.replace(target)
+        _compile_into(target, variant)
     except OSError as error:
         raise CacheError(
             f"the compiled kernels cannot be written to {target.parent}: {error}.",
             "Free some space there, or point BARISTA_CACHE to a folder that can be written.",
         ) from error
     return target
+
+
+def build_installed(variant: Variant) -> Path:
+    """Compile one variant into the installed package, where it serves machines that have no compiler; its path.
+
+    Raises NoCompiler, OSError when the package's folder cannot be written, and BaristaError as `build` does.
+    """
+    target = installed_path(variant)
+    if not target.exists():
+        _compile_into(target, variant)
+    return target
+
+
+def _compile_into(target: Path, variant: Variant) -> None:
+    """The library appears whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        unfinished = Path(folder) / target.name
+        _compile(find_compiler(), variant, unfinished)
+        unfinished.replace(target)
 
 
 def _compile(compiler: tuple[str, ...], variant: Variant, output: Path) -> None:

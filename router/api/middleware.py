@@ -18,7 +18,7 @@ from router.api.errors import error_response
 from router.api.settings import ApiSettings
 from router.loopback import is_loopback
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/live", "/ready"})
 
 
 HOST = re.compile(r"(?:\[([^\]]*)\]|([^:]*))(?::\d*)?")  # RFC 9110, section 7.2: an address or a name, and a port

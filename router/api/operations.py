@@ -20,6 +20,13 @@ def operations_router(service: Service) -> APIRouter:
         """The process answers. It may not be ready to serve."""
         return {"status": "ok"}
 
+    @router.get("/live", responses=UNREADY)
+    async def live() -> Status:
+        """The process makes progress, or waits for what it cannot hurry: 503 means that a restart would help."""
+        if service.engine.ready and not service.progress.seen(await _answers(service)):
+            raise Overloaded("The engine has made no progress for minutes.", code="no_progress", retry_after=5)
+        return {"status": "ok"}
+
     @router.get("/ready", responses=UNREADY)
     async def ready() -> Status:
         """The model is loaded, a worker holds every expert, and new requests are welcome."""
@@ -54,6 +61,14 @@ def operations_router(service: Service) -> APIRouter:
         return _model(service)
 
     return router
+
+
+async def _answers(service: Service) -> bool:
+    try:
+        await service.engine.stats()
+    except EngineFailed:
+        return False
+    return True
 
 
 async def _moves(service: Service) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import typer
@@ -16,12 +18,22 @@ JSON = typer.Option(False, "--json", help="Print JSON alone on stdout.")
 
 
 def drain(
-    worker: str = typer.Argument(help="The worker's name, such as worker-2: see barista status."),
+    worker: str | None = typer.Argument(None, help="The worker's name, such as worker-2: see barista status."),
+    node: bool = typer.Option(False, "--node", help="Instead of one worker, all that runs on this Ray node."),
+    timeout: float = typer.Option(600.0, min=1.0, help="With --node: give up after so many seconds."),
     url: str = URL,
     api_key: str | None = ADMIN_KEY,
     as_json: bool = JSON,
 ) -> None:
-    """Move every expert off WORKER while serving goes on, and wait until that is done."""
+    """Move every expert off WORKER while serving goes on, and wait until that is done.
+
+    With --node, run on a node of the Ray cluster that is about to go: its workers' experts move to other nodes, and its
+    engine finishes what it has open.
+    """
+    if node == (worker is not None):
+        raise typer.BadParameter("name a WORKER, or give --node", param_hint="WORKER")
+    if node:
+        raise typer.Exit(subprocess.run([sys.executable, "-m", "experts.cluster.drain", str(timeout)]).returncode)
     report = _post(url, api_key, "/pool/drain", {"worker": worker})
     _print(report, as_json, f"{worker} is drained: it holds nothing and gets no rows.")
 

@@ -66,6 +66,7 @@ class Engine:
             prompt_token_ids=request.prompt_token_ids,
             sampling=request.sampling,
             salt=request.salt,
+            output_token_ids=list(request.drawn_token_ids),
         )
         try:
             self._check_ids(request)
@@ -119,7 +120,8 @@ class Engine:
 
     def _check_ids(self, request: Submit) -> None:
         vocab = self._model.spec.vocab_size
-        bad = next((i for i in (*request.prompt_token_ids, *request.sampling.logit_bias) if not 0 <= i < vocab), None)
+        given = (*request.prompt_token_ids, *request.drawn_token_ids, *request.sampling.logit_bias)
+        bad = next((i for i in given if not 0 <= i < vocab), None)
         if bad is not None:
             raise InvalidRequest(f"token id {bad} is outside the vocabulary of {vocab}", code="invalid_request")
 

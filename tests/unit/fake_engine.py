@@ -114,13 +114,19 @@ class FakeEngine:
         )
 
     async def submit(
-        self, request_id: str, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, salt: bytes = b""
+        self,
+        request_id: str,
+        prompt_token_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        salt: bytes = b"",
+        drawn_token_ids: tuple[int, ...] = (),
     ) -> AsyncGenerator[Token | Failed]:
-        submit = Submit(request_id=request_id, prompt_token_ids=prompt_token_ids, sampling=sampling, salt=salt)
+        submit = Submit(request_id, prompt_token_ids, sampling, salt, drawn_token_ids)
         self.submitted.append(submit)
         finished = False
+        drawn = len(drawn_token_ids)
         try:
-            for index, token_id in enumerate(self.script(submit)):
+            for index, token_id in enumerate(self.script(submit)[drawn:], drawn):
                 await asyncio.sleep(self.delay)
                 if self.gate is not None and index >= self.gate_at:
                     await self.gate.wait()

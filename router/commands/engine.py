@@ -1,0 +1,35 @@
+"""`barista engine`: an engine for the APIs of other hosts."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from barista.config import ServeConfig, load
+from router.commands.serve import with_serve_flags
+from router.engine_port import ENGINE_PORT
+
+
+@with_serve_flags
+def command(
+    config: Path | None = typer.Option(
+        None, envvar="BARISTA_CONFIG", help="TOML file of these settings, named with _ for -."
+    ),
+    until_eof: bool = typer.Option(False, hidden=True, help="Stop when standard input closes."),
+    **flags: Any,
+) -> None:
+    """Run an engine of MODEL that serves the APIs started with --engines HOST:PORT (port 50051 unless told otherwise).
+
+    Both ends show the token in BARISTA_POOL_TOKEN and, beyond this machine, the certificates in --tls-dir.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = load(config, os.environ, given)
+    if settings.port == ServeConfig.port:
+        settings = replace(settings, port=ENGINE_PORT)
+    from router.engine_host import serve_engine
+
+    raise typer.Exit(serve_engine(settings, until_eof=until_eof))

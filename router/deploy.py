@@ -1,0 +1,194 @@
+"""`barista deploy`: engines and workers on a Ray cluster, for as long as this runs and beyond.
+
+It submits a job to the cluster (router.deployment), submits it again when it ends, and replaces it when the order is
+another one. It needs no Ray of its own, only the cluster's dashboard, so it runs anywhere. Two at once do no harm: a
+job's name follows from the order, and Ray takes each name once. What serves outlives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import typer
+
+from barista.config import ServeConfig
+from barista.errors import ConfigError
+from barista.trust import TOKEN_VARIABLE, deployment_token
+from router.deployment import flags, require_deployable
+from router.ending import Ending
+from router.ray_api import Job, RayApi
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 5.0
+STALL_SECONDS = 60.0  # without a look, `GET /healthz` says so
+MAX_WAIT_SECONDS = 60.0
+LOG_LINES = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What to do about the jobs now. stop: submission ids. submit: the id of a new job, if one is wanted."""
+
+    stop: tuple[str, ...] = ()
+    submit: str = ""
+
+
+def next_action(jobs: Sequence[Job], pool: str, order: str) -> Action:
+    """One job of this order is to run, and none of another order of the same pool.
+
+    order: the entrypoint, of which the name holds a digest. A number follows it, because Ray wants a new name for each.
+    """
+    prefix = f"barista-{pool}-"
+    mark = hashlib.sha256(order.encode()).hexdigest()[:8]
+    ours = [job for job in jobs if job.submission_id.startswith(prefix)]
+    alive = [job for job in ours if not job.is_over]
+    others = tuple(job.submission_id for job in alive if job.submission_id.split("-")[-2] != mark)
+    if len(others) < len(alive):
+        return Action(others)
+    numbers = [int(job.submission_id.rpartition("-")[2]) for job in ours]
+    return Action(others, f"{prefix}{mark}-{max(numbers, default=0) + 1}")
+
+
+class Deployer:
+    """environ: RAY_AUTH_TOKEN and BARISTA_POOL_TOKEN are taken from it."""
+
+    def __init__(self, api: RayApi, pool: str, order: str, token: str) -> None:
+        self._api = api
+        self._pool = pool
+        self._order = order
+        self._token = token
+        self._failures = 0
+        self._not_before = 0.0
+        self._said = ""
+        self.looked_at = time.monotonic()
+
+    async def look(self, now: float) -> None:
+        """One look at the cluster, and what follows from it. An error is told once and looked at again."""
+        self.looked_at = now
+        try:
+            jobs = await self._api.jobs()
+            action = next_action(jobs, self._pool, self._order)
+            for submission_id in action.stop:
+                self._say(f"stopping {submission_id}: the order is another one now")
+                await self._api.stop(submission_id)
+            if action.submit and not action.stop and now >= self._not_before:
+                await self._tell_why_over(jobs)
+                self._not_before = now + min(MAX_WAIT_SECONDS, 2.0**self._failures)
+                self._failures += 1
+                self._say(f"submitting {action.submit}: {self._order}")
+                await self._api.submit(action.submit, self._order, {TOKEN_VARIABLE: self._token})
+            elif not action.submit and now > self._not_before + MAX_WAIT_SECONDS:
+                self._failures = 0
+        except ConfigError as error:
+            self._say(str(error))
+
+    async def remove(self) -> None:
+        """Stop the pool's jobs and take down what they have left running. Raises ConfigError."""
+        for job in await self._api.jobs():
+            if job.submission_id.startswith(f"barista-{self._pool}-") and not job.is_over:
+                await self._api.stop(job.submission_id)
+        name = f"barista-remove-{self._pool}-{int(time.time())}"
+        await self._api.submit(name, shlex.join(["python", "-m", "experts.cluster.remove", self._pool]), {})
+        while True:
+            await asyncio.sleep(1.0)
+            job = next(job for job in await self._api.jobs() if job.submission_id == name)
+            if job.status == "SUCCEEDED":
+                return
+            if job.is_over:
+                raise ConfigError(f"The pool {self._pool} could not be removed: {job.message}.")
+
+    async def _tell_why_over(self, jobs: Sequence[Job]) -> None:
+        """The last lines of the newest job of ours, if it has failed."""
+        ours = [job for job in jobs if job.submission_id.startswith(f"barista-{self._pool}-")]
+        failed = [job for job in ours if job.status == "FAILED"]
+        if failed:
+            newest = max(failed, key=lambda job: int(job.submission_id.rpartition("-")[2]))
+            lines = (await self._api.logs(newest.submission_id)).splitlines()[-LOG_LINES:]
+            self._say("\n  ".join([f"{newest.submission_id} has failed:", *lines]))
+
+    def _say(self, text: str) -> None:
+        if text != self._said:
+            self._said = text
+            typer.echo(text)
+
+
+def order_of(config: ServeConfig, engines: int, engine_port: int) -> str:
+    """The job's command line."""
+    words = ["barista", "keep", *flags(config), "--engine-replicas", str(engines), "--engine-port", str(engine_port)]
+    return shlex.join(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeployOptions:
+    """What `barista deploy` is told beside the configuration of what it deploys.
+
+    ray: URL of the cluster's dashboard. engines: how many. kubernetes: NAMESPACE/NAME of the release whose pods are
+    told how the pool stands; empty elsewhere. health_port: of GET /healthz; None for none. groups: how worker pods are
+    scaled, if they are: (group size, least, most), all in workers.
+    """
+
+    ray: str
+    engines: int
+    engine_port: int
+    kubernetes: str = ""
+    health_port: int | None = None
+    groups: tuple[int, int, int] | None = None
+
+
+def deploy(config: ServeConfig, options: DeployOptions, *, remove: bool = False) -> int:
+    """Keep the deployment until a signal; returns the exit status. remove: take it down instead. Raises ConfigError."""
+    logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    api = RayApi(options.ray, os.environ)
+    if remove:
+        if config.pool is None:
+            raise ConfigError("pool is not given, so nothing is removed.", "Give --pool NAME.")
+        asyncio.run(Deployer(api, config.pool, "", "").remove())
+        typer.echo(f"removed: {config.pool}")
+        return 0
+    require_deployable(config, options.engines)
+    assert config.pool is not None
+    order = order_of(config, options.engines, options.engine_port)
+    deployer = Deployer(api, config.pool, order, deployment_token(os.environ))
+    return asyncio.run(_run(deployer, config, options))
+
+
+async def _run(deployer: Deployer, config: ServeConfig, options: DeployOptions) -> int:
+    ending = Ending()
+    ending.watch(until_eof=False)
+    async with contextlib.AsyncExitStack() as stack:
+        if options.health_port is not None:
+            server = await asyncio.start_server(_answer_health(deployer), port=options.health_port)
+            await stack.enter_async_context(server)
+        if options.kubernetes:
+            from router.pool_follower import follow_pool  # here, because nothing else needs Kubernetes
+
+            task = asyncio.create_task(follow_pool(config, options))
+            stack.callback(task.cancel)
+        ends = [asyncio.create_task(event.wait()) for event in (ending.now, ending.drain)]
+        while not any(task.done() for task in ends):
+            await deployer.look(time.monotonic())
+            await asyncio.wait(ends, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    return 0
+
+
+def _answer_health(deployer: Deployer) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, TimeoutError, asyncio.LimitOverrunError):
+            await asyncio.wait_for(reader.readline(), 5.0)
+            stalled = time.monotonic() - deployer.looked_at > STALL_SECONDS
+            status = "503 Service Unavailable" if stalled else "200 OK"
+            writer.write(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+            await writer.drain()
+        writer.close()
+
+    return answer

@@ -1,0 +1,203 @@
+"""Engines that run elsewhere, as one EngineClient: found, balanced, and outlived by the answers they were writing.
+
+An answer's tokens depend on the model, the prompt and the seed alone. So when an engine is lost or drained, another one
+goes on with its requests from the tokens that were drawn, and the client sees a pause and no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from asyncio import FIRST_COMPLETED
+from collections.abc import AsyncIterator, Callable, Iterable
+
+import msgspec
+
+from barista.errors import EngineFailed, InvalidRequest
+from barista.trust import Trust
+from router.engine_link import EngineLink
+from router.engine_service import ENGINE_DRAINING
+from router.engine_session import ENGINE_DEAD, dead
+from router.merged_stats import merged
+from router.messages import Failed, ModelInfo, PoolAddress, SamplingParams, Stats, Token
+
+log = logging.getLogger(__name__)
+
+Source = Callable[[], AsyncIterator[frozenset[str]]]
+
+RESUME_SECONDS = 120.0  # how long a request waits for an engine; one that is started anew loads its model meanwhile
+MAX_ENGINES_LOST = 3  # by one request, which may be the reason
+
+
+class Engines:
+    """source: yields the addresses (host:port) where engines may be, anew whenever they change.
+
+    trust: towards engines and their pool. tokenizer: Tokenizer.digest of this API.
+    """
+
+    def __init__(
+        self, source: Source, trust: Trust, token: str, tokenizer: str, *, resume_seconds: float = RESUME_SECONDS
+    ) -> None:
+        self._source = source
+        self._trust = trust
+        self._token = token
+        self._tokenizer = tokenizer
+        self._resume_seconds = resume_seconds
+        self._links: dict[str, tuple[EngineLink, asyncio.Task[None]]] = {}
+        self._watch: asyncio.Task[None] | None = None
+        self._change = asyncio.Event()  # the next one; each is set once
+        self._num_waiting = 0
+        self._num_running = 0
+        self.died = asyncio.Event()  # never: what is lost may come back
+
+    async def start(self, on_progress: Callable[[float, str], None], pool: PoolAddress | None = None) -> None:
+        """Look for engines, from now until `close`; returns when there is one."""
+        self._watch = asyncio.create_task(self._follow())
+        on_progress(0.0, "waiting for an engine")
+        while not self.ready:
+            await asyncio.wait((asyncio.create_task(self._change.wait()), self._watch), return_when=FIRST_COMPLETED)
+            if self._watch.done():
+                self._watch.result()  # raises
+
+    @property
+    def ready(self) -> bool:
+        """True while at least one engine takes requests."""
+        return any(link.ready for link in self._all())
+
+    @property
+    def model(self) -> ModelInfo:
+        """The model, as the engine with the least room has it. Raises EngineFailed while there is no engine."""
+        models = [link.greeting.model for link in self._all() if link.ready and link.greeting is not None]
+        if not models:
+            raise EngineFailed("There is no engine.", status=503, code="loading", retry_after=1)
+        return min(models, key=lambda model: model.max_model_len)
+
+    def pool_address(self) -> PoolAddress | None:
+        """Where the engines' pool has its controller; None while no engine is known. Raises InvalidRequest: no pool."""
+        link = next((link for link in self._all() if link.greeting is not None), None)
+        if link is None or link.greeting is None:
+            return None
+        if not link.greeting.controller:
+            raise InvalidRequest("These engines hold their experts themselves: there is no pool.", code="no_workers")
+        tls_dir = self._trust.tls_dir
+        return PoolAddress(
+            controller=link.greeting.controller, token=self._token, tls_dir=None if tls_dir is None else str(tls_dir)
+        )
+
+    async def submit(
+        self,
+        request_id: str,
+        prompt_token_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        salt: bytes = b"",
+        drawn_token_ids: tuple[int, ...] = (),
+    ) -> AsyncIterator[Token | Failed]:
+        """As EngineClient.submit; goes on with another engine, of the same numerics, when one is lost."""
+        drawn = list(drawn_token_ids)
+        numerics, lost = "", 0
+        with _Count(self) as count:
+            while lost < MAX_ENGINES_LOST:
+                link = await self._choose(numerics)
+                if link is None or link.greeting is None:
+                    break
+                numerics = link.greeting.model.numerics_id
+                events = link.submit(request_id, prompt_token_ids, sampling, salt, tuple(drawn))
+                async with contextlib.aclosing(events) as iterator:  # type: ignore[type-var]  # it is a generator
+                    async for event in iterator:
+                        if isinstance(event, Failed):
+                            if event.code not in (ENGINE_DEAD, ENGINE_DRAINING):
+                                yield event
+                                return
+                            log.warning("The engine at %s has let go of a request; another one goes on.", link.address)
+                            link.avoid()
+                            lost += event.code == ENGINE_DEAD
+                            break
+                        count.started()
+                        drawn.append(event.token_id)
+                        yield event
+                        if event.finish_reason is not None:
+                            return
+            yield dead(request_id)
+
+    async def stats(self) -> Stats:
+        """As EngineClient.stats: of all engines together, and the requests of this API alone."""
+        links = [link for link in self._all() if link.ready]
+        answers = await asyncio.gather(*(link.stats() for link in links), return_exceptions=True)
+        known = [answer for answer in answers if isinstance(answer, Stats)]
+        if not known:
+            raise EngineFailed("No engine answers.", status=503, code="engine_busy")
+        return msgspec.structs.replace(
+            merged(known), num_requests_running=self._num_running, num_requests_waiting=self._num_waiting
+        )
+
+    async def close(self) -> None:
+        """Detach from all engines."""
+        tasks = [task for _, task in self._links.values()]
+        tasks += [] if self._watch is None else [self._watch]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _all(self) -> list[EngineLink]:
+        return [link for link, _ in self._links.values()]
+
+    async def _follow(self) -> None:
+        async for addresses in self._source():
+            for address in addresses - self._links.keys():
+                link = EngineLink(address, self._trust, self._tokenizer)
+                self._links[address] = link, asyncio.create_task(link.run(self._changed))
+            for address in self._links.keys() - addresses:
+                self._links.pop(address)[1].cancel()
+            self._changed()
+
+    def _changed(self) -> None:
+        self._change.set()
+        self._change = asyncio.Event()
+
+    async def _choose(self, numerics: str) -> EngineLink | None:
+        """The engine for the next request, with these numerics if any are given; None if none comes in time."""
+        try:
+            async with asyncio.timeout(self._resume_seconds):
+                while (link := least_busy(self._all(), numerics)) is None:
+                    await self._change.wait()
+        except TimeoutError:
+            return None
+        return link
+
+
+class _Count:
+    """One request, counted as waiting until it has a token and as running afterwards."""
+
+    def __init__(self, engines: Engines) -> None:
+        self._engines = engines
+        self._running = False
+
+    def started(self) -> None:
+        if not self._running:
+            self._running = True
+            self._engines._num_waiting -= 1
+            self._engines._num_running += 1
+
+    def __enter__(self) -> _Count:
+        self._engines._num_waiting += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            self._engines._num_running -= 1
+        else:
+            self._engines._num_waiting -= 1
+
+
+def least_busy(links: Iterable[EngineLink], numerics: str) -> EngineLink | None:
+    """Of the ready ones the one with the fewest open requests of this API; the first address among equals.
+
+    numerics: numerics_id that it must have; empty for any.
+    """
+    fitting = [
+        link
+        for link in links
+        if link.ready and link.greeting is not None and numerics in ("", link.greeting.model.numerics_id)
+    ]
+    return min(fitting, key=lambda link: (link.num_open, link.address), default=None)

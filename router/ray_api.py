@@ -1,0 +1,96 @@
+"""The little that is asked of a Ray cluster over HTTP, at its dashboard: jobs and nodes. No Ray is imported.
+
+Documented in Ray's "Ray Jobs REST API" and "State API"; both ask for the cluster's token where it has one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from barista.errors import ConfigError
+
+logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each look is too many
+
+SECONDS = 10.0
+OVER = ("STOPPED", "SUCCEEDED", "FAILED")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job. status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED. message: of Ray, for people."""
+
+    submission_id: str
+    status: str
+    message: str
+
+    @property
+    def is_over(self) -> bool:
+        """It does not run and will not."""
+        return self.status in OVER
+
+
+class RayApi:
+    """The dashboard at `url`, such as http://head:8265. environ: RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, in it.
+
+    Every call raises ConfigError with a remedy when the cluster cannot be reached or refuses.
+    """
+
+    def __init__(self, url: str, environ: Mapping[str, str]) -> None:
+        self.url = url.rstrip("/")
+        token = environ.get("RAY_AUTH_TOKEN", "")
+        if not token and environ.get("RAY_AUTH_TOKEN_PATH"):
+            with open(environ["RAY_AUTH_TOKEN_PATH"], encoding="utf-8") as file:
+                token = file.read()
+        self._headers = {"Authorization": f"Bearer {token.strip()}"} if token.strip() else {}
+
+    async def jobs(self) -> list[Job]:
+        """All jobs that were submitted."""
+        answer = await self._ask("GET", "/api/jobs/")
+        return [
+            Job(entry["submission_id"], entry["status"], entry.get("message") or "")
+            for entry in answer
+            if entry.get("submission_id")
+        ]
+
+    async def submit(self, submission_id: str, entrypoint: str, env: Mapping[str, str]) -> None:
+        """Start a job. env: variables of its processes."""
+        body = {"submission_id": submission_id, "entrypoint": entrypoint, "runtime_env": {"env_vars": dict(env)}}
+        await self._ask("POST", "/api/jobs/", body)
+
+    async def stop(self, submission_id: str) -> None:
+        """Ask a job to end: SIGTERM, and after 3 s SIGKILL."""
+        await self._ask("POST", f"/api/jobs/{submission_id}/stop")
+
+    async def logs(self, submission_id: str) -> str:
+        """What the job has printed."""
+        return str((await self._ask("GET", f"/api/jobs/{submission_id}/logs")).get("logs") or "")
+
+    async def node_addresses(self) -> list[str]:
+        """The IP addresses of the nodes that live."""
+        answer = await self._ask("GET", "/api/v0/nodes?limit=1000")
+        nodes = answer["data"]["result"]["result"]
+        return sorted({node["node_ip"] for node in nodes if node["state"] == "ALIVE"})
+
+    async def _ask(self, method: str, path: str, body: object = None) -> Any:
+        try:
+            async with httpx.AsyncClient(headers=self._headers, timeout=SECONDS, trust_env=False) as client:
+                answer = await client.request(method, self.url + path, json=body)
+        except httpx.HTTPError as error:
+            raise ConfigError(
+                f"The Ray cluster at {self.url} does not answer: {error or type(error).__name__}.",
+                "Give the address of its dashboard (ray start --dashboard-host=0.0.0.0, port 8265), "
+                "and see whether a network policy lets it be reached.",
+            ) from error
+        if answer.status_code in (401, 403):
+            raise ConfigError(
+                f"The Ray cluster at {self.url} refuses this token (HTTP {answer.status_code}).",
+                "Set RAY_AUTH_TOKEN to the cluster's token.",
+            )
+        if answer.is_error:
+            raise ConfigError(f"The Ray cluster at {self.url} answers {answer.status_code}: {answer.text[:500]}.")
+        return answer.json()
