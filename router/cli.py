@@ -10,7 +10,21 @@ from rich.console import Console
 
 import barista
 from barista.errors import BaristaError
-from router.commands import bench, carve, chat, deploy, engine, inspect, models, pool, precision, pull, serve, status
+from router.commands import (
+    bench,
+    carve,
+    chat,
+    deploy,
+    engine,
+    inspect,
+    models,
+    node_labels,
+    pool,
+    precision,
+    pull,
+    serve,
+    status,
+)
 
 app = typer.Typer(
     name="barista",
@@ -25,6 +39,7 @@ for module in (serve, chat, bench, status, models, inspect, precision, pull, car
 for command in (pool.drain, pool.scale, pool.rebalance):
     app.command(command.__name__)(command)
 app.command("keep", hidden=True)(deploy.keep)
+app.command("node-labels")(node_labels.command)
 
 
 def _print_version(wanted: bool) -> None:

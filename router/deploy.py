@@ -12,11 +12,13 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 import shlex
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import typer
 
@@ -48,24 +50,32 @@ def next_action(jobs: Sequence[Job], pool: str, order: str) -> Action:
 
     order: the entrypoint, of which the name holds a digest. A number follows it, because Ray wants a new name for each.
     """
-    prefix = f"barista-{pool}-"
     mark = hashlib.sha256(order.encode()).hexdigest()[:8]
-    ours = [job for job in jobs if job.submission_id.startswith(prefix)]
+    ours = jobs_of(pool, jobs)
     alive = [job for job in ours if not job.is_over]
     others = tuple(job.submission_id for job in alive if job.submission_id.split("-")[-2] != mark)
     if len(others) < len(alive):
         return Action(others)
-    numbers = [int(job.submission_id.rpartition("-")[2]) for job in ours]
-    return Action(others, f"{prefix}{mark}-{max(numbers, default=0) + 1}")
+    return Action(others, f"barista-{pool}-{mark}-{max(map(_number, ours), default=0) + 1}")
+
+
+def jobs_of(pool: str, jobs: Sequence[Job]) -> list[Job]:
+    """Those that `next_action` has named for this pool."""
+    name = re.compile(rf"barista-{re.escape(pool)}-[0-9a-f]{{8}}-[0-9]+")
+    return [job for job in jobs if name.fullmatch(job.submission_id)]
+
+
+def _number(job: Job) -> int:
+    return int(job.submission_id.rpartition("-")[2])
 
 
 class Deployer:
-    """environ: RAY_AUTH_TOKEN and BARISTA_POOL_TOKEN are taken from it."""
+    """order: the job's command line, which may change between two looks. token: of the deployment, for the job."""
 
     def __init__(self, api: RayApi, pool: str, order: str, token: str) -> None:
+        self.order = order
         self._api = api
         self._pool = pool
-        self._order = order
         self._token = token
         self._failures = 0
         self._not_before = 0.0
@@ -77,7 +87,7 @@ class Deployer:
         self.looked_at = now
         try:
             jobs = await self._api.jobs()
-            action = next_action(jobs, self._pool, self._order)
+            action = next_action(jobs, self._pool, self.order)
             for submission_id in action.stop:
                 self._say(f"stopping {submission_id}: the order is another one now")
                 await self._api.stop(submission_id)
@@ -85,8 +95,8 @@ class Deployer:
                 await self._tell_why_over(jobs)
                 self._not_before = now + min(MAX_WAIT_SECONDS, 2.0**self._failures)
                 self._failures += 1
-                self._say(f"submitting {action.submit}: {self._order}")
-                await self._api.submit(action.submit, self._order, {TOKEN_VARIABLE: self._token})
+                self._say(f"submitting {action.submit}: {self.order}")
+                await self._api.submit(action.submit, self.order, {TOKEN_VARIABLE: self._token})
             elif not action.submit and now > self._not_before + MAX_WAIT_SECONDS:
                 self._failures = 0
         except ConfigError as error:
@@ -94,8 +104,8 @@ class Deployer:
 
     async def remove(self) -> None:
         """Stop the pool's jobs and take down what they have left running. Raises ConfigError."""
-        for job in await self._api.jobs():
-            if job.submission_id.startswith(f"barista-{self._pool}-") and not job.is_over:
+        for job in jobs_of(self._pool, await self._api.jobs()):
+            if not job.is_over:
                 await self._api.stop(job.submission_id)
         name = f"barista-remove-{self._pool}-{int(time.time())}"
         await self._api.submit(name, shlex.join(["python", "-m", "experts.cluster.remove", self._pool]), {})
@@ -109,10 +119,9 @@ class Deployer:
 
     async def _tell_why_over(self, jobs: Sequence[Job]) -> None:
         """The last lines of the newest job of ours, if it has failed."""
-        ours = [job for job in jobs if job.submission_id.startswith(f"barista-{self._pool}-")]
-        failed = [job for job in ours if job.status == "FAILED"]
+        failed = [job for job in jobs_of(self._pool, jobs) if job.status == "FAILED"]
         if failed:
-            newest = max(failed, key=lambda job: int(job.submission_id.rpartition("-")[2]))
+            newest = max(failed, key=_number)
             lines = (await self._api.logs(newest.submission_id)).splitlines()[-LOG_LINES:]
             self._say("\n  ".join([f"{newest.submission_id} has failed:", *lines]))
 
@@ -165,6 +174,7 @@ def deploy(config: ServeConfig, options: DeployOptions, *, remove: bool = False)
 async def _run(deployer: Deployer, config: ServeConfig, options: DeployOptions) -> int:
     ending = Ending()
     ending.watch(until_eof=False)
+    ends: list[asyncio.Task[Any]] = [asyncio.create_task(event.wait()) for event in (ending.now, ending.drain)]
     async with contextlib.AsyncExitStack() as stack:
         if options.health_port is not None:
             server = await asyncio.start_server(_answer_health(deployer), port=options.health_port)
@@ -172,12 +182,18 @@ async def _run(deployer: Deployer, config: ServeConfig, options: DeployOptions) 
         if options.kubernetes:
             from router.pool_follower import follow_pool  # here, because nothing else needs Kubernetes
 
-            task = asyncio.create_task(follow_pool(config, options))
-            stack.callback(task.cancel)
-        ends = [asyncio.create_task(event.wait()) for event in (ending.now, ending.drain)]
+            def on_workers(workers: int) -> None:
+                deployer.order = order_of(replace(config, workers=workers), options.engines, options.engine_port)
+
+            following = asyncio.create_task(follow_pool(config, options.kubernetes, options.groups, on_workers))
+            stack.callback(following.cancel)
+            ends.append(following)
         while not any(task.done() for task in ends):
             await deployer.look(time.monotonic())
             await asyncio.wait(ends, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        for task in ends:
+            if task.done():
+                await task  # raises what ended the following
     return 0
 
 

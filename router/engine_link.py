@@ -38,8 +38,8 @@ SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION, grpc
 class EngineLink:
     """The engine at `address` (host:port), if there is one: `run` keeps up the connection until it is cancelled.
 
-    tokenizer: Tokenizer.digest of this API. An engine with another one, or of another version, is refused, and a
-    warning says so once.
+    tokenizer: Tokenizer.digest of this API; empty for any. An engine with another one, or of another version, is
+    refused, and a warning says so once.
     """
 
     def __init__(self, address: str, trust: Trust, tokenizer: str) -> None:
@@ -153,7 +153,7 @@ class EngineLink:
     def _check(self, greeting: Greeting) -> None:
         if greeting.version != __version__:
             raise _Refused(f"it is of version {greeting.version}, this API of {__version__}: run one version")
-        if greeting.tokenizer != self._tokenizer:
+        if self._tokenizer not in ("", greeting.tokenizer):
             raise _Refused("it serves a model with another tokenizer: give both the same MODEL")
 
     def _warn(self, text: str) -> None:

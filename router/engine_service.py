@@ -34,6 +34,7 @@ from router.messages import (
 
 SERVICE = "barista.v1.Engine"
 ENGINE_DRAINING = "engine_draining"
+RETRY_SECONDS = 0.1
 
 
 class EngineService(EngineServicer):  # type: ignore[misc]  # generated without types
@@ -193,6 +194,7 @@ class _Attachment:
             try:
                 self._stats.append(await self._engine.stats())
             except EngineFailed:
+                await asyncio.sleep(RETRY_SECONDS)
                 continue
             self._news.set()
             return

@@ -33,7 +33,8 @@ MAX_ENGINES_LOST = 3  # by one request, which may be the reason
 class Engines:
     """source: yields the addresses (host:port) where engines may be, anew whenever they change.
 
-    trust: towards engines and their pool. tokenizer: Tokenizer.digest of this API.
+    trust: towards engines and their pool. token: its token. tokenizer: Tokenizer.digest of this API; empty for one that
+    only looks.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class Engines:
         self._change = asyncio.Event()  # the next one; each is set once
         self._num_waiting = 0
         self._num_running = 0
-        self.died = asyncio.Event()  # never: what is lost may come back
+        self.died = asyncio.Event()  # the end of the source; engines that are lost may come back
 
     async def start(self, on_progress: Callable[[float, str], None], pool: PoolAddress | None = None) -> None:
         """Look for engines, from now until `close`; returns when there is one."""
         self._watch = asyncio.create_task(self._follow())
+        self._watch.add_done_callback(self._source_ended)
         on_progress(0.0, "waiting for an engine")
         while not self.ready:
             await asyncio.wait((asyncio.create_task(self._change.wait()), self._watch), return_when=FIRST_COMPLETED)
@@ -122,14 +124,18 @@ class Engines:
 
     async def stats(self) -> Stats:
         """As EngineClient.stats: of all engines together, and the requests of this API alone."""
+        return msgspec.structs.replace(
+            await self.all_stats(), num_requests_running=self._num_running, num_requests_waiting=self._num_waiting
+        )
+
+    async def all_stats(self) -> Stats:
+        """Of all engines together, the requests of other APIs included. Raises EngineFailed if none answers."""
         links = [link for link in self._all() if link.ready]
         answers = await asyncio.gather(*(link.stats() for link in links), return_exceptions=True)
         known = [answer for answer in answers if isinstance(answer, Stats)]
         if not known:
             raise EngineFailed("No engine answers.", status=503, code="engine_busy")
-        return msgspec.structs.replace(
-            merged(known), num_requests_running=self._num_running, num_requests_waiting=self._num_waiting
-        )
+        return merged(known)
 
     async def close(self) -> None:
         """Detach from all engines."""
@@ -150,6 +156,11 @@ class Engines:
             for address in self._links.keys() - addresses:
                 self._links.pop(address)[1].cancel()
             self._changed()
+
+    def _source_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            log.error("Engines are not looked for any more.", exc_info=task.exception())
+            self.died.set()
 
     def _changed(self) -> None:
         self._change.set()

@@ -27,7 +27,7 @@ from barista.errors import BaristaError, CacheError
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
-INSTALLED = Path(__file__).parent / "lib"  # of an image, see `build_installed`
+INSTALLED = Path("experts", "kernels", "lib")  # of an image, see `build_installed`
 
 # No -ffast-math and no contraction: the order and the rounding of every sum are those of the source (src/simd.h).
 _FLAGS = ("-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=off", "-fPIC", "-pthread", "-w")
@@ -130,8 +130,13 @@ def library_path(variant: Variant) -> Path:
 
 
 def installed_path(variant: Variant) -> Path:
-    """Where this variant's library is if it was compiled into the installed package, by whatever compiler."""
-    return INSTALLED / _digest() / f"{variant.name}.so"
+    """Where this variant's library is if it was compiled into the installed package, by whatever compiler.
+
+    That package may be hidden by the working directory of a Ray job, a checkout: its library serves equal sources.
+    """
+    name = INSTALLED / _digest() / f"{variant.name}.so"
+    places = (Path(entry) / name for entry in sys.path)
+    return next((place for place in places if place.exists()), Path(__file__).parents[2] / name)
 
 
 def _digest(*compiler: object) -> str:

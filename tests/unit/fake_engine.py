@@ -96,6 +96,7 @@ class FakeEngine:
     pool: PoolStats | None = None
     expert_cache: ExpertCacheStats | None = None
     hung: bool = False
+    numerics_id: str = "fake-f32"
 
     @property
     def model(self) -> ModelInfo:
@@ -110,7 +111,7 @@ class FakeEngine:
             dtype="float32",
             num_layers=2,
             num_experts=4,
-            numerics_id="fake-f32",
+            numerics_id=self.numerics_id,
         )
 
     async def submit(

@@ -1,0 +1,1 @@
+"""Barista inside Kubernetes. Only this package imports `kubernetes`, and nothing imports it outside a cluster."""
