@@ -25,7 +25,7 @@ KERNELS := $(shell find experts/kernels -name '*.cpp' -o -name '*.h' -o -name '*
 CXX_SOURCES := $(shell find $(wildcard experts router cuda) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PROTOS := $(and $(wildcard proto),$(shell find proto -name '*.proto'))
 
-.PHONY: setup serve chat test check format proto bench soak clean
+.PHONY: setup serve chat test check format proto dashboard bench soak clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -38,12 +38,12 @@ serve: $(VENV)/.kernels
 chat: $(VENV)/.kernels
 	@exec $(BIN)/barista chat $(ARGS)
 
-# The unit tests two at a time; then, alone, what starts whole systems and measures how long they are silent.
-test: setup $(VENV)/.dev $(VENV)/.generator
+# Two tests at a time; then, alone, what starts whole systems and measures how long they are silent.
+test: $(VENV)/.helm-begun setup $(VENV)/.dev $(VENV)/.generator $(VENV)/.helm
 ifeq ($(ARGS),)
 	@failed=0; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit || failed=1; \
-	$(BIN)/python -m pytest tests/distributed tests/e2e || failed=1; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone and not long" || failed=1; \
+	$(BIN)/python -m pytest -m "alone and not long" || failed=1; \
 	exit $$failed
 else
 	@$(BIN)/python -m pytest $(ARGS)
@@ -67,6 +67,10 @@ ifeq ($(PROTOS),)
 else
 	PYTHONPATH=$(VENV)/generator $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
 endif
+
+# The chart's Grafana dashboard, from the metrics that there are.
+dashboard: $(VENV)/.installed
+	$(BIN)/python -m router.dashboard > $@.new && mv $@.new helm/barista/dashboards/barista.json
 
 bench: setup $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.generate "$$($(BIN)/python -c 'from router.models import resolve; print(resolve("house-blend"))')" $(ARGS)
@@ -131,4 +135,14 @@ $(VENV)/.dev: $(VENV)/.installed
 	@echo "Installing what the tests and checks need ..."
 	@$(INSTALL) -e '.[dev]'
 	@$(COMPILE)
+	@touch $@
+
+# What the tests of the chart need, fetched on one core while the rest is installed on the other. Its own errors are for
+# the second step, which waits for the first.
+$(VENV)/.helm-begun: $(VENV)/.created
+	@$(BIN)/python -m tests.helm.tools $(VENV)/helm >$(VENV)/helm.log 2>&1 &
+	@touch $@
+
+$(VENV)/.helm: tests/helm/tools.py $(VENV)/.helm-begun
+	@$(BIN)/python -m tests.helm.tools $(VENV)/helm
 	@touch $@

@@ -32,6 +32,7 @@ from router.ray_api import Job, RayApi
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 5.0
+FIRST_LOOK_SECONDS = 1.0  # until the job runs
 STALL_SECONDS = 60.0  # without a look, `GET /healthz` says so
 MAX_WAIT_SECONDS = 60.0
 LOG_LINES = 10
@@ -81,10 +82,11 @@ class Deployer:
         self._not_before = 0.0
         self._said = ""
         self.looked_at = time.monotonic()
+        self.settled = False  # the last look has found nothing to do
 
     async def look(self, now: float) -> None:
         """One look at the cluster, and what follows from it. An error is told once and looked at again."""
-        self.looked_at = now
+        self.looked_at, self.settled = now, False
         try:
             jobs = await self._api.jobs()
             action = next_action(jobs, self._pool, self.order)
@@ -97,8 +99,10 @@ class Deployer:
                 self._failures += 1
                 self._say(f"submitting {action.submit}: {self.order}")
                 await self._api.submit(action.submit, self.order, {TOKEN_VARIABLE: self._token})
-            elif not action.submit and now > self._not_before + MAX_WAIT_SECONDS:
-                self._failures = 0
+            elif action == Action():
+                self.settled = True
+                if now > self._not_before + MAX_WAIT_SECONDS:
+                    self._failures = 0
         except ConfigError as error:
             self._say(str(error))
 
@@ -190,7 +194,8 @@ async def _run(deployer: Deployer, config: ServeConfig, options: DeployOptions) 
             ends.append(following)
         while not any(task.done() for task in ends):
             await deployer.look(time.monotonic())
-            await asyncio.wait(ends, timeout=LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            seconds = LOOK_SECONDS if deployer.settled else FIRST_LOOK_SECONDS
+            await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         for task in ends:
             if task.done():
                 await task  # raises what ended the following

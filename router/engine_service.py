@@ -192,12 +192,13 @@ class _Attachment:
         """Each question gets its answer, however late: the API counts on their order."""
         while self._engine.ready:
             try:
-                self._stats.append(await self._engine.stats())
+                stats = await self._engine.stats()
             except EngineFailed:
                 await asyncio.sleep(RETRY_SECONDS)
-                continue
-            self._news.set()
-            return
+            else:
+                self._stats.append(stats)
+                self._news.set()
+                return
 
 
 def _frame(event: Greeting | StepEvents | Stats) -> pb.EngineFrame:

@@ -77,8 +77,8 @@ class Deployment:
 
     def _tend(self) -> None:
         try:
+            self._engines.tend()  # first: engines read their trunk while workers read their experts
             self._tend_workers()
-            self._engines.tend()
         except grpc.RpcError as error:
             self._tell(f"the controller: {error.details() or error.code().name}")
             time.sleep(RETRY_SECONDS)

@@ -35,6 +35,8 @@ from experts.cluster.serving_thread import ServingThread
 from experts.expert_model import ExpertModel, expert_bytes
 from tests.distributed.workers import ROOT, tiny_expert_model
 
+pytestmark = pytest.mark.alone
+
 START_SECONDS = 60.0
 END_SECONDS = 15.0
 

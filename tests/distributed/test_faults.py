@@ -33,6 +33,8 @@ from tests.distributed.static_pool import everything, shared_out
 from tests.distributed.workers import TRUST, RunningWorker, tiny_expert_model
 from tests.engines import Recorder, request
 
+pytestmark = pytest.mark.alone
+
 NAMES = ("worker-0", "worker-1", "worker-2")
 NUM_EXPERTS = 32
 WITH_REPLICA, WITHOUT = 0.5, 5.0

@@ -20,6 +20,8 @@ from tests.distributed.other_host import HOST_VARIABLE, NAMESPACE_VARIABLE
 from tests.distributed.static_pool import FakeController, StaticPool, everything
 from tests.distributed.workers import start_worker, tiny_expert_model
 
+pytestmark = pytest.mark.alone
+
 # Both ends ask after 5 s of silence, and give up after 5 s without an answer (barista.trust).
 KEEPALIVE_SECONDS = 10.0
 SLACK = 3.0

@@ -33,6 +33,8 @@ from tests.e2e.pool_server import (
 )
 from tests.unit.tiny_model import write_tiny_model
 
+pytestmark = pytest.mark.alone
+
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
 EXPERT_BYTES = 3 * 32 * 16 * 4  # gate, up and down of the tiny model in float32
 # Room for each expert on two of three workers. Two workers can hold them all, one cannot.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
-from types import ModuleType
 from typing import Any
 
 import promql_parser as promql
 import pytest
 
 from barista.metrics import PREFIX
+from router import dashboard
 from tests.helm import promql as query_language
 from tests.helm.promql import Samples, evaluate, function, grouping, selectors
 from tests.helm.render import CHART, FULLNAME, NAMESPACE, named, of_kind, render
@@ -23,17 +21,6 @@ TARGET_LABELS = {"namespace", "service", "pod"}
 MONITORED = "kuberay.yaml"
 
 
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("dashboard", ROOT / "helm/dashboard.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["dashboard"] = module  # dataclasses look it up
-    spec.loader.exec_module(module)
-    return module
-
-
-dashboard = generator()
 FILE = CHART / "dashboards/barista.json"
 PANELS = [panel for panel in json.loads(FILE.read_text())["panels"] if panel["type"] != "row"]
 QUERIES = [(panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]]
@@ -63,7 +50,7 @@ def family(sample_name: str) -> tuple[str, str]:
 
 
 def test_the_file_is_what_the_generator_writes():
-    """If not: python helm/dashboard.py > helm/barista/dashboards/barista.json"""
+    """If not: make dashboard"""
     assert FILE.read_text() == json.dumps(dashboard.dashboard(), indent=2) + "\n"
 
 

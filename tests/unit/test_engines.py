@@ -282,6 +282,20 @@ def test_a_client_that_leaves_aborts_its_request_in_the_engine() -> None:
     run(body)
 
 
+def test_every_question_is_answered_while_tokens_flow() -> None:
+    async def body() -> None:
+        async with running(delay=0.002) as one, engines_at(Addresses(one.address)) as engines:
+            long = SamplingParams(max_tokens=400, ignore_eos=True)
+            answers = [asyncio.create_task(collect(engines, f"r{number}", long)) for number in range(4)]
+            for _ in range(50):
+                assert (await engines.stats()).num_requests_running <= 4
+            assert not any(answer.done() for answer in answers)
+            for answer in answers:
+                answer.cancel()
+
+    run(body)
+
+
 def test_two_apis_may_name_their_requests_alike() -> None:
     async def body() -> None:
         async with (
