@@ -45,6 +45,7 @@ class EngineLink:
     def __init__(self, address: str, trust: Trust, tokenizer: str) -> None:
         self.address = address
         self.greeting: Greeting | None = None
+        self.trouble = ""  # why it could not be reached the last time
         self.num_open = 0
         self._trust = trust
         self._tokenizer = tokenizer
@@ -96,10 +97,12 @@ class EngineLink:
                 try:
                     await self._follow(channel, changed)
                 except grpc.aio.AioRpcError as error:
+                    self.trouble = f"{error.code().name}: {error.details()}"
                     if error.code() not in SILENT:
-                        self._warn(f"{error.code().name}: {error.details()}")
+                        self._warn(self.trouble)
                 except _Refused as refusal:
-                    self._warn(str(refusal))
+                    self.trouble = str(refusal)
+                    self._warn(self.trouble)
                 except _Ended:
                     pass
                 finally:

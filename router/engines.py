@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from asyncio import FIRST_COMPLETED
 from collections.abc import AsyncIterator, Callable, Iterable
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 Source = Callable[[], AsyncIterator[frozenset[str]]]
 
 RESUME_SECONDS = 120.0  # how long a request waits for an engine; one that is started anew loads its model meanwhile
+PATIENCE_SECONDS = 5.0  # until a line says what is waited for; the next one comes after twice as long
 MAX_ENGINES_LOST = 3  # by one request, which may be the reason
 
 
@@ -57,10 +59,17 @@ class Engines:
         self._watch = asyncio.create_task(self._follow())
         self._watch.add_done_callback(self._source_ended)
         on_progress(0.0, "waiting for an engine")
+        begun, patience = time.monotonic(), PATIENCE_SECONDS
         while not self.ready:
-            await asyncio.wait((asyncio.create_task(self._change.wait()), self._watch), return_when=FIRST_COMPLETED)
-            if self._watch.done():
+            left = begun + patience - time.monotonic()
+            change = asyncio.create_task(self._change.wait())
+            done, _ = await asyncio.wait((change, self._watch), timeout=max(0, left), return_when=FIRST_COMPLETED)
+            change.cancel()
+            if self._watch in done:
                 self._watch.result()  # raises
+            if left <= 0:
+                log.warning("There is no engine yet. %s", self._troubles())
+                patience *= 2
 
     @property
     def ready(self) -> bool:
@@ -156,6 +165,12 @@ class Engines:
             for address in self._links.keys() - addresses:
                 self._links.pop(address)[1].cancel()
             self._changed()
+
+    def _troubles(self) -> str:
+        links = self._all()
+        if not links:
+            return "No address is known where one could be."
+        return " ".join(f"{link.address}: {link.trouble or 'its model is loading, or it drains'}." for link in links)
 
     def _source_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():

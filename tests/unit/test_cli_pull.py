@@ -122,12 +122,12 @@ def hub() -> Iterator[tuple[Hub, str]]:
     server.server_close()
 
 
-def pull(url: str, cache: Path, name: str = "org/tiny") -> subprocess.CompletedProcess[str]:
+def pull(url: str, cache: Path, name: str = "org/tiny", *flags: str) -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "BARISTA_CACHE": str(cache), "HF_HOME": str(cache / "hub"),
         "HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "router.cli", "pull", name]
+    command = [sys.executable, "-m", "router.cli", "pull", name, *flags]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -138,6 +138,20 @@ def test_a_pulled_model_is_whole_and_holds_no_code_and_no_pickle(hub: tuple[Hub,
     names = sorted(file.name for file in folder.iterdir())
     assert names == [".pulled.json", "config.json", "model.safetensors", "tokenizer.json"]
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_tokenizer_comes_without_the_weights_and_a_whole_model_stays_whole(
+    hub: tuple[Hub, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "models" / "org" / "tiny"
+    for _ in range(2):
+        assert pull(hub[1], tmp_path, "org/tiny", "--tokenizer-only").returncode == 0
+        assert sorted(file.name for file in folder.iterdir()) == [".pulled.json", "config.json", "tokenizer.json"]
+    assert "model.safetensors" not in hub[0].sent
+    assert pull(hub[1], tmp_path).returncode == 0
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert pull("http://127.0.0.1:9", tmp_path, "org/tiny", "--tokenizer-only").returncode == 0
+    assert (folder / "model.safetensors").exists()
 
 
 def test_a_damaged_file_is_named_and_the_model_does_not_appear(hub: tuple[Hub, str], tmp_path: Path) -> None:

@@ -510,6 +510,24 @@ def test_a_drained_worker_stays_and_holds_nothing() -> None:
     world.finish(begin_drain(world.pool, "worker-1", world.now))
 
 
+def test_a_drain_is_of_the_place_and_ends_when_the_worker_has_left_it() -> None:
+    world = ready(3)
+    world.pool.located("worker-1", "10.0.0.1:1", "node-1")
+    world.finish(begin_drain(world.pool, "worker-1", world.now))
+    world.kill("worker-1")
+    world.workers["worker-1"].restart()
+    world.pool.located("worker-1", "10.0.0.1:2", "node-1")
+    world.run()
+    assert word(world, "worker-1") == "DRAINED"  # the same node
+    world.kill("worker-1")
+    world.workers["worker-1"].restart()
+    world.pool.located("worker-1", "10.0.0.2:1", "node-2")
+    world.run(120)
+    assert word(world, "worker-1") == "READY"
+    world.finish(begin_drain(world.pool, "worker-0", world.now))  # there is room on it
+    assert world.workers["worker-1"].held
+
+
 def test_scale_starts_workers_and_stops_those_of_the_highest_numbers() -> None:
     world = ready(2)
     world.finish(begin_scale(world.pool, 4, world.now))

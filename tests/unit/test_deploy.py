@@ -263,6 +263,7 @@ def test_the_order_names_engines_and_port() -> None:
         (["engine", "--host", "0.0.0.0"], "without encryption"),
         (["serve", "--engines", "nonsense"], "engines is 'nonsense'"),
         (["serve", "--engines", "a:1", "--workers", "2"], "workers is 2, but the engines run elsewhere"),
+        (["serve", "--tls-dir", "x"], "tls_dir is x, but there are no workers"),
         (["drain"], "name a WORKER"),
         (["drain", "worker-1", "--node"], "name a WORKER"),
     ],

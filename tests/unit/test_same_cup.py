@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts.checkpoint import open_checkpoint
-from router.messages import Submit
+from router.messages import Submit, Token
 from router.model.load import Model, load_model
 from tests import tiny
 from tests.engines import Recorder, answer, engine_on, request
@@ -88,6 +89,42 @@ def test_no_answer_changes_with_company_chunking_cache_or_pressure(
         assert together.tokens[submit.request_id] == reference.tokens[submit.request_id]
         assert together.logprobs[submit.request_id] == reference.logprobs[submit.request_id]
         assert together.finished[submit.request_id] == "length"
+
+
+SPLIT = st.floats(0, 1, exclude_max=True)
+
+
+@settings(max_examples=25, deadline=None)
+@given(submits=requests(), split=SPLIT)
+def test_an_answer_goes_on_in_another_engine_from_whatever_was_drawn(
+    model: Model, submits: list[Submit], split: float
+) -> None:
+    """Tokens, log-probabilities and indices; penalties look back at what the first engine drew."""
+    penalised = [
+        msgspec.structs.replace(s, sampling=msgspec.structs.replace(s.sampling, presence_penalty=0.9)) for s in submits
+    ]
+    whole = {s.request_id: alone(model, s) for s in penalised}
+    drawn = {name: record.tokens[name][: int(split * len(record.tokens[name]))] for name, record in whole.items()}
+    engine = engine_on(model, blocks=30)
+    for submit in penalised:
+        engine.submit(msgspec.structs.replace(submit, drawn_token_ids=tuple(drawn[submit.request_id])))
+    rest: dict[str, list[Token]] = {name: [] for name in whole}
+    while engine.has_work:
+        events = engine.step()
+        assert not events.failed
+        for token in events.tokens:
+            rest[token.request_id].append(token)
+    for name, record in whole.items():
+        done = len(drawn[name])
+        assert [token.index for token in rest[name]] == list(range(done, len(record.tokens[name])))
+        assert [token.token_id for token in rest[name]] == record.tokens[name][done:]
+        assert [token.logprob for token in rest[name]] == record.logprobs[name][done:]
+        assert rest[name][-1].finish_reason == "length"
+
+
+def test_more_tokens_drawn_than_asked_for_are_refused(model: Model) -> None:
+    submit = msgspec.structs.replace(request("r", [4, 5], max_tokens=2, temperature=0), drawn_token_ids=(7, 8))
+    assert answer(engine_on(model), [submit]).failed == {"r": "invalid_request"}
 
 
 def test_preemption_happens_in_these_settings_and_changes_nothing(model: Model) -> None:
