@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, get_args, get_type_hints
 
 from barista.errors import ConfigError
@@ -41,6 +41,7 @@ OF_THE_ENGINE = (
     "device",
 )
 FORMATS = ("auto", "float32", "bf16", "fp8", "int8", "int4", "mxfp4")
+CONTROLLER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 KINDS = {int: "an integer", float: "a number", str: "a string", Path: "a path"}
 
 
@@ -65,6 +66,9 @@ class ServeConfig:
     served_model_id: str | None = option(None, "The id that /v1/models reports.", shown="the model's name")
     host: str = option("127.0.0.1", "Address to listen on; beyond loopback only with --api-key-file.")
     port: int = option(8000, "Port to listen on; 0 takes a free one.", minimum=0)
+    grpc_port: int | None = option(
+        None, "Port of the same API over gRPC; 0 takes a free one.", shown="no gRPC", minimum=0
+    )
     api_key_file: Path | None = option(None, "File of accepted API keys, one a line.", shown="no keys")
     admin_key_file: Path | None = option(
         None, "File of the keys that may change the pool, one a line; they open every other route too.", shown="no keys"
@@ -130,10 +134,12 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for entry in fields(self):
             _check(entry, getattr(self, entry.name))
-        if self.port > 65535:
-            raise ConfigError(
-                f"port is {self.port}, which no port is.", "Give one from 1 to 65535, or 0 for a free one."
-            )
+        for name in ("port", "grpc_port"):
+            if (getattr(self, name) or 0) > 65535:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}, which no port is.",
+                    "Give one from 1 to 65535, or 0 for a free one.",
+                )
         if self.kv_cache_tokens is not None and self.kv_cache_bytes is not None:
             raise ConfigError("kv_cache_tokens and kv_cache_bytes are both given.", "Give one of them.")
         if self.max_num_seqs > self.max_num_batched_tokens:
@@ -168,6 +174,8 @@ class ServeConfig:
                 )
 
     def _check_pool(self) -> None:
+        if self.controller is not None and CONTROLLER.fullmatch(self.controller) is None:
+            raise ConfigError(f"controller is {self.controller!r}, which is no HOST:PORT.", "Give such as 10.0.0.5:50052.")
         if self.pool is not None and POOL_NAME.fullmatch(self.pool) is None:
             raise ConfigError(
                 f"pool is {self.pool!r}, which is no name.", "Give up to 63 letters, digits, dashes and underscores."
@@ -198,12 +206,17 @@ class ServeConfig:
 TYPES: Mapping[str, Any] = get_type_hints(ServeConfig)
 
 
-def load(file: Path | None, environ: Mapping[str, str], flags: Mapping[str, object]) -> ServeConfig:
+def load(
+    file: Path | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, object],
+    defaults: Mapping[str, object] = MappingProxyType({}),
+) -> ServeConfig:
     """The configuration from a TOML file (None: no file), then the environment, then the flags that were given.
 
-    Raises ConfigError, which names the key and its source.
+    defaults: of a command that has others than ServeConfig. Raises ConfigError, which names the key and its source.
     """
-    values: dict[str, object] = {}
+    values: dict[str, object] = dict(defaults)
     if file is not None:
         values |= _from_file(file)
     values |= _from_environment(environ)

@@ -13,10 +13,15 @@ from router.messages import ModelInfo
 ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
 
+def reachable(host: str, port: int) -> str:
+    """host:port of a server as seen from this machine."""
+    host = ANYWHERE.get(host, host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def base_url(host: str, port: int) -> str:
     """The server's address as seen from this machine, without a path."""
-    host = ANYWHERE.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://{reachable(host, port)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +42,17 @@ class Announcement:
     workers: str = ""
     engines: str = ""
 
-    def as_json(self, model: ModelInfo) -> str:
-        """For programs."""
-        return json.dumps({"url": self.url, "model": self.model_id})
+    def as_json(self, model: ModelInfo, grpc_address: str = "") -> str:
+        """For programs. grpc_address: host:port, if there is a gRPC API."""
+        grpc = {"grpc": grpc_address} if grpc_address else {}
+        return json.dumps({"url": self.url, "model": self.model_id} | grpc)
 
-    def as_text(self, model: ModelInfo) -> str:
+    def as_text(self, model: ModelInfo, grpc_address: str = "") -> str:
         """For people."""
         experts = f", {model.num_experts} experts in a layer" if model.num_experts else ""
         kv_size = size(model.kv_capacity_tokens * model.kv_bytes_per_token)
         facts = {
+            "gRPC": grpc_address,
             "model": f"{self.path} ({model.num_layers} layers{experts}, {model.dtype})",
             "format": self.format,
             "context": f"{model.max_model_len:,} tokens",

@@ -45,7 +45,14 @@ def assemble_api(config: ServeConfig, path: Path, keys: Keys, url: str) -> tuple
     tokenizer = Tokenizer.from_checkpoint(path)
     chat_template = chat_template_of(tokenizer)
     engines = Engines(source, Trust(token, config.tls_dir), token, tokenizer.digest)
-    app = create_app(engines, tokenizer, chat_template, api_settings(config, keys), PoolClient(engines.pool_address))
+    app = create_app(
+        engines,
+        tokenizer,
+        chat_template,
+        api_settings(config, keys),
+        PoolClient(engines.pool_address),
+        owns_engine=False,
+    )
     announcement = Announcement(
         url=url,
         model_id=model_id(config),
@@ -54,7 +61,7 @@ def assemble_api(config: ServeConfig, path: Path, keys: Keys, url: str) -> tuple
         has_chat=chat_template is not None,
         needs_key=bool(keys.api),
     )
-    return Server(app, engines, drain_timeout=config.drain_timeout), announcement
+    return Server(app, engines, drain_timeout=config.drain_timeout, grpc_port=config.grpc_port), announcement
 
 
 def assemble(config: ServeConfig, path: Path, keys: Keys, url: str, child: EngineChild) -> tuple[Server, Announcement]:
@@ -84,7 +91,8 @@ def assemble(config: ServeConfig, path: Path, keys: Keys, url: str, child: Engin
         workers=workers_line(config),
         needs_key=bool(keys.api),
     )
-    return Server(app, engine, pool, drain_timeout=config.drain_timeout), announcement
+    server = Server(app, engine, pool, drain_timeout=config.drain_timeout, grpc_port=config.grpc_port)
+    return server, announcement
 
 
 def format_choice(config: ServeConfig, path: Path) -> FormatChoice:

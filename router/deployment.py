@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
+from pathlib import Path
 
 import typer
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 NOT_OF_AN_ENGINE = (
     "host",
     "port",
+    "grpc_port",
     "workers",
     "pool",
     "redundancy",
@@ -41,7 +43,10 @@ def keep(config: ServeConfig, engines: int, engine_port: int) -> int:
     deployment_token(os.environ)
     require_deployable(config, engines)
     path = prepared(config.model)
-    config = replace(config, format=format_choice(config, path).format)
+    # Engines run in other folders, and do not choose the format anew.
+    tls_dir = None if config.tls_dir is None else config.tls_dir.resolve()
+    model = str(path.resolve()) if Path(config.model).exists() else config.model
+    config = replace(config, model=model, tls_dir=tls_dir, format=format_choice(config, path).format)
     order = replace(
         pool_order(config, path), engines=engines, engine_command=tuple(engine_command(config, engine_port))
     )
@@ -87,8 +92,7 @@ async def _keep(process: PoolProcess) -> int:
             typer.echo(message)
 
     try:
-        address = await process.start(say)
-        typer.echo(f"controller at {address.controller}")
+        await process.start(say)
         ends = [asyncio.create_task(event.wait()) for event in (ending.now, ending.drain, process.died)]
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if process.died.is_set():

@@ -53,7 +53,7 @@ def serve_engine(config: ServeConfig, *, until_eof: bool = False) -> int:
         config = replace(config, format=format_choice(config, path).format)
         engine = EngineProcess(engine_config(config, path, tokenizer.eos_token_ids), child)
         host = EngineHost(engine, tokenizer.digest, _pool(config), drain_timeout=config.drain_timeout)
-        address = f"{config.host}:{config.port}"
+        address = f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
         return asyncio.run(host.run(trust, address, lambda: _announce(config, path), until_eof=until_eof))
 
 
@@ -117,14 +117,12 @@ class EngineHost:
 
     async def _lost(self) -> None:
         """Raises BaristaError when the engine has died or hangs."""
-        answered = time.monotonic()
-        while time.monotonic() - answered < PROGRESS_SECONDS:
+        while time.monotonic() - self._engine.last_event < PROGRESS_SECONDS:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._engine.died.wait(), LOOK_SECONDS)
                 raise BaristaError("The engine died; the lines above may say why.", "Start it again.")
             with contextlib.suppress(EngineFailed):
-                await self._engine.stats()
-                answered = time.monotonic()
+                await self._engine.stats()  # whose answer, however late, is an event
         raise BaristaError(f"The engine has made no progress for {PROGRESS_SECONDS:g} s.", "Start it again.")
 
 

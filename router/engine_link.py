@@ -8,17 +8,19 @@ import logging
 from collections.abc import AsyncIterator, Callable
 
 import grpc
+import msgspec
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from barista import __version__
 from barista.errors import EngineFailed
-from barista.trust import Trust
+from barista.trust import MAX_MESSAGE_BYTES, Trust
 from barista.v1 import engine_pb2 as pb
 from barista.v1.engine_pb2_grpc import EngineStub
 from router.engine_service import SERVICE
 from router.engine_session import ENGINE_DEAD, EngineSession, dead
 from router.messages import (
     Command,
+    Event,
     Failed,
     Greeting,
     SamplingParams,
@@ -31,6 +33,7 @@ from router.messages import (
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
+MAX_TOKENS = (MAX_MESSAGE_BYTES - (1 << 16)) // 5  # in one message, at five bytes each and room for all else
 # What an address answers that has no engine, not yet, or none for us; anything else is worth a line.
 SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.CANCELLED)
 
@@ -47,6 +50,8 @@ class EngineLink:
         self.greeting: Greeting | None = None
         self.trouble = ""  # why it could not be reached the last time
         self.num_open = 0
+        self.wanted = True  # the source names it
+        self.last_stats: Stats | None = None
         self._trust = trust
         self._tokenizer = tokenizer
         self._session: EngineSession | None = None
@@ -56,7 +61,7 @@ class EngineLink:
     @property
     def ready(self) -> bool:
         """True while it is attached and takes new requests."""
-        return self._session is not None and self._serving
+        return self.wanted and self._session is not None and self._serving
 
     async def submit(
         self,
@@ -71,6 +76,9 @@ class EngineLink:
         if session is None:
             yield dead(request_id)
             return
+        if len(prompt_token_ids) + len(drawn_token_ids) > MAX_TOKENS:
+            yield Failed(request_id, "context_length_exceeded", f"More than {MAX_TOKENS:,} tokens fit no message.")
+            return
         events = session.submit(request_id, prompt_token_ids, sampling, salt, drawn_token_ids)
         self.num_open += 1
         try:
@@ -84,7 +92,8 @@ class EngineLink:
         """As EngineClient.stats."""
         if self._session is None:
             raise EngineFailed("The engine is not attached.", status=503, code=ENGINE_DEAD)
-        return await self._session.stats()
+        self.last_stats = await self._session.stats()
+        return self.last_stats
 
     def avoid(self) -> None:
         """It has just failed a request: nothing more for it until its health has changed."""
@@ -92,6 +101,8 @@ class EngineLink:
 
     async def run(self, changed: Callable[[], None]) -> None:
         """Connect, attach, and connect again, until cancelled. changed: called when `ready` may have changed."""
+        this = asyncio.current_task()
+        assert this is not None
         while True:
             async with self._trust.aio_channel(self.address) as channel:
                 try:
@@ -105,9 +116,15 @@ class EngineLink:
                     self._warn(self.trouble)
                 except _Ended:
                     pass
+                except Exception:  # whatever it is, the engine may be found again
+                    log.exception("The connection to the engine at %s has failed.", self.address)
                 finally:
                     self._serving = False
                     changed()
+            if (
+                this.cancelling()
+            ):  # a task group forgets it when a task fails meanwhile (CPython 3.11), as a stream does
+                return
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _follow(self, channel: grpc.aio.Channel, changed: Callable[[], None]) -> None:
@@ -139,7 +156,7 @@ class EngineLink:
         writer = asyncio.create_task(_write(stream, outgoing))
         try:
             async for frame in stream:
-                event = decode_event(frame.payload)
+                event = _decoded(frame.payload)
                 if isinstance(event, Greeting):
                     self._check(event)
                     self.greeting, self._session = event, session
@@ -163,6 +180,15 @@ class EngineLink:
         if text not in self._warned:
             self._warned.add(text)
             log.warning("The engine at %s is not used: %s", self.address, text)
+
+
+def _decoded(payload: bytes) -> Event:
+    """Raises _Refused for what this version does not understand."""
+    try:
+        event: Event = decode_event(payload)
+    except msgspec.MsgspecError as error:
+        raise _Refused(f"it says what version {__version__} does not understand ({error}): run one version") from error
+    return event
 
 
 class _Refused(Exception):

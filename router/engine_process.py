@@ -102,6 +102,11 @@ class EngineProcess:
         return self._process.pid
 
     @property
+    def last_event(self) -> float:
+        """When the engine has last said anything, in the clock of time.monotonic."""
+        return self._session.last_event
+
+    @property
     def ready(self) -> bool:
         """True while the engine serves."""
         return self._model is not None and not self.died.is_set()

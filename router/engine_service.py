@@ -152,16 +152,18 @@ class _Attachment:
                 if self._is_draining():
                     self._fail(command.request_id)
                     return
-                self._open[command.request_id] = asyncio.create_task(self._run(command))
+                task = asyncio.create_task(self._run(command))
+                self._open[command.request_id] = task
                 self._idle.clear()
+                task.add_done_callback(lambda _: self._closed(command.request_id))
             case Abort():
                 for request_id in command.request_ids:
                     if request_id in self._open:
                         self._open[request_id].cancel()
             case GetStats():
-                task = asyncio.create_task(self._answer_stats())
-                self._asked.add(task)
-                task.add_done_callback(self._asked.discard)
+                asking = asyncio.create_task(self._answer_stats())
+                self._asked.add(asking)
+                asking.add_done_callback(self._asked.discard)
 
     def _fail(self, request_id: str) -> None:
         self._failed.append(Failed(request_id, ENGINE_DRAINING, "The engine is going; another one can go on."))
@@ -172,14 +174,14 @@ class _Attachment:
         events = self._engine.submit(
             self._prefix + request_id, submit.prompt_token_ids, submit.sampling, submit.salt, submit.drawn_token_ids
         )
-        try:
-            async with aclosing(cast("AsyncGenerator[Token | Failed]", events)) as iterator:
-                async for event in iterator:
-                    self._say(msgspec.structs.replace(event, request_id=request_id))
-        finally:
-            del self._open[request_id]
-            if not self._open:
-                self._idle.set()
+        async with aclosing(cast("AsyncGenerator[Token | Failed]", events)) as iterator:
+            async for event in iterator:
+                self._say(msgspec.structs.replace(event, request_id=request_id))
+
+    def _closed(self, request_id: str) -> None:
+        del self._open[request_id]
+        if not self._open:
+            self._idle.set()
 
     def _say(self, event: Token | Failed) -> None:
         if isinstance(event, Token):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 
 from barista.errors import EngineFailed
@@ -23,6 +24,7 @@ class EngineSession:
         self._open: dict[str, asyncio.Queue[Token | Failed]] = {}
         self._stats: list[asyncio.Future[Stats]] = []
         self.ended = asyncio.Event()
+        self.last_event = time.monotonic()
 
     async def submit(
         self,
@@ -65,12 +67,13 @@ class EngineSession:
 
     def take(self, event: Event) -> None:
         """What the engine said. Events of requests that nobody waits for any more are dropped."""
+        self.last_event = time.monotonic()
         if isinstance(event, StepEvents):
             items: tuple[Token | Failed, ...] = (*event.tokens, *event.failed)
             for item in items:
                 if (queue := self._open.get(item.request_id)) is not None:
                     queue.put_nowait(item)
-        elif isinstance(event, Stats):
+        elif isinstance(event, Stats) and self._stats:
             answer = self._stats.pop(0)
             if not answer.done():
                 answer.set_result(event)

@@ -10,10 +10,8 @@ import logging
 import os
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
-
-import httpx
 
 from barista.errors import ConfigError
 from router.engine_port import ENGINE_PORT
@@ -35,15 +33,21 @@ def engine_source(text: str, environ: Mapping[str, str] = os.environ) -> Source:
         namespace, _, service = rest.partition("/")
         return partial(_endpoints, namespace, service)
     if kind == "ray" and rest.startswith(("http://", "https://")):
-        return partial(_nodes, RayApi(rest, environ))
+        url, _, port = rest.partition("#")
+        if not port or _is_port(port):
+            return partial(_nodes, RayApi(url, environ), int(port or ENGINE_PORT))
     hosts = text.split(",")
-    if all(_HOST.fullmatch(host) for host in hosts):
+    if all(_HOST.fullmatch(host) and _is_port(host.rpartition(":")[2]) for host in hosts):
         return partial(_resolved, hosts)
     raise ConfigError(
         f"engines is {text!r}, which names no engines.",
         "Give HOST:PORT, several of them with commas between, kubernetes:NAMESPACE/SERVICE, or ray:URL with the URL of "
-        "a Ray cluster's dashboard.",
+        "a Ray cluster's dashboard (and #PORT, if its engines have another one than 50051).",
     )
+
+
+def _is_port(text: str) -> bool:
+    return text.isdecimal() and 0 < int(text) < 65536
 
 
 def _endpoints(namespace: str, service: str) -> AsyncIterator[frozenset[str]]:
@@ -54,26 +58,26 @@ def _endpoints(namespace: str, service: str) -> AsyncIterator[frozenset[str]]:
 
 async def _resolved(hosts: list[str]) -> AsyncIterator[frozenset[str]]:
     """A name may stand for many addresses, and for others later."""
-    async for addresses in _changes(lambda: _resolve(hosts)):
+    async for addresses in _changes(_Hosts(hosts).look):
         yield addresses
 
 
-async def _nodes(api: RayApi) -> AsyncIterator[frozenset[str]]:
+async def _nodes(api: RayApi, port: int) -> AsyncIterator[frozenset[str]]:
     async def look() -> frozenset[str]:
-        return frozenset(_join(ip, ENGINE_PORT) for ip in await api.node_addresses())
+        return frozenset(_join(ip, port) for ip in await api.node_addresses())
 
     async for addresses in _changes(look):
         yield addresses
 
 
-async def _changes(look: Callable[[], object]) -> AsyncIterator[frozenset[str]]:
+async def _changes(look: Callable[[], Awaitable[frozenset[str]]]) -> AsyncIterator[frozenset[str]]:
     """What `look` finds, whenever it is something else than before. While it fails, what it found last stays."""
     before: frozenset[str] | None = None
     complaint = ""
     while True:
         try:
-            found: frozenset[str] = await look()  # type: ignore[misc]
-        except (OSError, httpx.HTTPError, ConfigError) as error:
+            found = await look()
+        except (OSError, ConfigError) as error:
             if str(error) != complaint:
                 complaint = str(error)
                 log.warning("Engines cannot be looked for: %s", error)
@@ -85,17 +89,34 @@ async def _changes(look: Callable[[], object]) -> AsyncIterator[frozenset[str]]:
         await asyncio.sleep(LOOK_SECONDS if before else 1.0)
 
 
-async def _resolve(hosts: list[str]) -> frozenset[str]:
+class _Hosts:
+    """HOST:PORT each. A host that cannot be found keeps the addresses that it had, and disturbs no other."""
+
+    def __init__(self, hosts: list[str]) -> None:
+        self._hosts = hosts
+        self._known: dict[str, frozenset[str]] = {}
+        self._unknown: set[str] = set()
+
+    async def look(self) -> frozenset[str]:
+        """Every address of every host."""
+        for entry in self._hosts:
+            try:
+                self._known[entry] = await _resolve(entry)
+                self._unknown.discard(entry)
+            except (OSError, UnicodeError) as error:
+                if entry not in self._unknown:
+                    log.warning(
+                        "Engines cannot be looked for at %s: %s.", entry, getattr(error, "strerror", "") or error
+                    )
+                self._unknown.add(entry)
+        return frozenset().union(*self._known.values())
+
+
+async def _resolve(entry: str) -> frozenset[str]:
+    host, _, port = entry.rpartition(":")
     loop = asyncio.get_running_loop()
-    found: set[str] = set()
-    for entry in hosts:
-        host, _, port = entry.rpartition(":")
-        try:
-            infos = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-        except socket.gaierror as error:
-            raise OSError(f"{host}: {error.strerror}") from error
-        found |= {_join(str(info[4][0]), int(port)) for info in infos}
-    return frozenset(found)
+    infos = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    return frozenset(_join(str(info[4][0]), int(port)) for info in infos)
 
 
 def _join(host: str, port: int) -> str:

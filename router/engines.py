@@ -52,6 +52,7 @@ class Engines:
         self._change = asyncio.Event()  # the next one; each is set once
         self._num_waiting = 0
         self._num_running = 0
+        self._closed = False
         self.died = asyncio.Event()  # the end of the source; engines that are lost may come back
 
     async def start(self, on_progress: Callable[[float, str], None], pool: PoolAddress | None = None) -> None:
@@ -86,7 +87,8 @@ class Engines:
 
     def pool_address(self) -> PoolAddress | None:
         """Where the engines' pool has its controller; None while no engine is known. Raises InvalidRequest: no pool."""
-        link = next((link for link in self._all() if link.greeting is not None), None)
+        links = sorted(self._all(), key=lambda link: not link.ready)  # one that has gone may name what has gone, too
+        link = next((link for link in links if link.greeting is not None), None)
         if link is None or link.greeting is None:
             return None
         if not link.greeting.controller:
@@ -107,7 +109,8 @@ class Engines:
         """As EngineClient.submit; goes on with another engine, of the same numerics, when one is lost."""
         drawn = list(drawn_token_ids)
         numerics, lost = "", 0
-        with _Count(self) as count:
+        with _Count(self) as count, contextlib.ExitStack() as stack:
+            stack.callback(self._drop_unwanted)
             while lost < MAX_ENGINES_LOST:
                 link = await self._choose(numerics)
                 if link is None or link.greeting is None:
@@ -141,13 +144,15 @@ class Engines:
         """Of all engines together, the requests of other APIs included. Raises EngineFailed if none answers."""
         links = [link for link in self._all() if link.ready]
         answers = await asyncio.gather(*(link.stats() for link in links), return_exceptions=True)
-        known = [answer for answer in answers if isinstance(answer, Stats)]
-        if not known:
+        if not any(isinstance(answer, Stats) for answer in answers):
             raise EngineFailed("No engine answers.", status=503, code="engine_busy")
-        return merged(known)
+        # What one said last stands for it while it is busy: a sum of counters must not fall.
+        return merged([link.last_stats for link in links if link.last_stats is not None])
 
     async def close(self) -> None:
-        """Detach from all engines."""
+        """Detach from all engines. Every open request gets its Failed event."""
+        self._closed = True
+        self._changed()
         tasks = [task for _, task in self._links.values()]
         tasks += [] if self._watch is None else [self._watch]
         for task in tasks:
@@ -162,9 +167,16 @@ class Engines:
             for address in addresses - self._links.keys():
                 link = EngineLink(address, self._trust, self._tokenizer)
                 self._links[address] = link, asyncio.create_task(link.run(self._changed))
-            for address in self._links.keys() - addresses:
-                self._links.pop(address)[1].cancel()
+            for link in self._all():
+                link.wanted = link.address in addresses
+            self._drop_unwanted()
             self._changed()
+
+    def _drop_unwanted(self) -> None:
+        """Engines that the source no longer names, as soon as their requests are done: one that drains may be such."""
+        for link in self._all():
+            if not link.wanted and not link.num_open:
+                self._links.pop(link.address)[1].cancel()
 
     def _troubles(self) -> str:
         links = self._all()
@@ -185,11 +197,11 @@ class Engines:
         """The engine for the next request, with these numerics if any are given; None if none comes in time."""
         try:
             async with asyncio.timeout(self._resume_seconds):
-                while (link := least_busy(self._all(), numerics)) is None:
+                while not self._closed and (link := least_busy(self._all(), numerics)) is None:
                     await self._change.wait()
         except TimeoutError:
             return None
-        return link
+        return None if self._closed else link
 
 
 class _Count:

@@ -21,6 +21,7 @@ from barista.errors import BaristaError, ConfigError
 from router.announce import base_url
 from router.engine_process import EngineChild
 from router.keys import read_keys
+from router.messages import ModelInfo
 from router.models import BUILT_IN, resolve
 
 
@@ -33,7 +34,7 @@ def serve(config: ServeConfig, *, as_json: bool = False, until_eof: bool = False
     logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its other lines tell what ours tell
     keys = read_keys(config)
-    _check_tls(config)
+    _check(config)
     with listen(config.host, config.port) as sock, contextlib.ExitStack() as stack:
         path = prepared(config.model)
         url = base_url(config.host, sock.getsockname()[1])
@@ -48,10 +49,24 @@ def serve(config: ServeConfig, *, as_json: bool = False, until_eof: bool = False
 
             server, announcement = assemble(config, path, keys, url, child)
         text = announcement.as_json if as_json else announcement.as_text
-        return asyncio.run(server.run(sock, lambda model: typer.echo(text(model)), until_eof=until_eof))
+
+        def announce(model: ModelInfo) -> None:
+            typer.echo(text(model, server.grpc_address))
+
+        return asyncio.run(server.run(sock, announce, until_eof=until_eof))
 
 
-def _check_tls(config: ServeConfig) -> None:
+def _check(config: ServeConfig) -> None:
+    if config.controller is not None:
+        raise ConfigError(
+            f"controller is {config.controller}, which is for `barista engine`.",
+            "Give --pool NAME to join a pool that has a name, or leave controller out.",
+        )
+    if (config.engines or "").startswith("ray:") and config.tls_dir is None:
+        raise ConfigError(
+            f"engines is {config.engines}, but without certificates engines listen on 127.0.0.1 alone.",
+            "Give --tls-dir, or on one machine --engines 127.0.0.1:50051.",
+        )
     if config.tls_dir is not None and not config.has_pool and config.engines is None:
         raise ConfigError(
             f"tls_dir is {config.tls_dir}, but there are no workers: the experts are in the engine.",

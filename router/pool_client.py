@@ -31,6 +31,8 @@ class PoolClient:
         self._address = address
         self._trust: Trust | None = None
         self._channel: grpc.aio.Channel | None = None
+        self._connected: PoolAddress | None = None
+        self._old: list[grpc.aio.Channel] = []  # of controllers that have moved; calls may still be under way
 
     async def state(self) -> pb.PoolState:
         """The pool as it is."""
@@ -49,10 +51,10 @@ class PoolClient:
         return await self._call(lambda stub, how: stub.Rebalance(pb.RebalanceRequest(dry_run=dry_run), **how))
 
     async def close(self) -> None:
-        """End the connection. Idempotent."""
-        if self._channel is not None:
-            await self._channel.close()
-            self._channel = None
+        """End the connections. Idempotent."""
+        for channel in (*self._old, *filter(None, [self._channel])):
+            await channel.close()
+        self._old, self._channel, self._connected = [], None, None
 
     async def _call(self, call: Callable[[Any, Any], Awaitable[Reply]], seconds: float = COMMAND_SECONDS) -> Reply:
         stub, trust = self._connect()
@@ -66,6 +68,10 @@ class PoolClient:
         address = self._address()
         if address is None:
             raise Overloaded("The pool is still starting.", code="not_ready", retry_after=1)
+        if address != self._connected:
+            if self._channel is not None:
+                self._old.append(self._channel)
+            self._connected, self._channel, self._trust = address, None, None
         if self._trust is None:
             self._trust = Trust(address.token, None if address.tls_dir is None else Path(address.tls_dir))
         if self._channel is None:

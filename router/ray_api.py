@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -35,27 +36,28 @@ class Job:
 
 
 class RayApi:
-    """The dashboard at `url`, such as http://head:8265. environ: RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, in it.
+    """The dashboard at `url`, such as http://head:8265. environ: where Ray's own commands find their token.
 
-    Every call raises ConfigError with a remedy when the cluster cannot be reached or refuses.
+    Raises ConfigError for a token's file that cannot be read. Every call raises ConfigError with a remedy when the
+    cluster cannot be reached or refuses.
     """
 
     def __init__(self, url: str, environ: Mapping[str, str]) -> None:
         self.url = url.rstrip("/")
-        token = environ.get("RAY_AUTH_TOKEN", "")
-        if not token and environ.get("RAY_AUTH_TOKEN_PATH"):
-            with open(environ["RAY_AUTH_TOKEN_PATH"], encoding="utf-8") as file:
-                token = file.read()
-        self._headers = {"Authorization": f"Bearer {token.strip()}"} if token.strip() else {}
+        token = _token(environ)
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
 
     async def jobs(self) -> list[Job]:
         """All jobs that were submitted."""
         answer = await self._ask("GET", "/api/jobs/")
-        return [
-            Job(entry["submission_id"], entry["status"], entry.get("message") or "")
-            for entry in answer
-            if entry.get("submission_id")
-        ]
+        try:
+            return [
+                Job(entry["submission_id"], entry["status"], entry.get("message") or "")
+                for entry in answer
+                if entry.get("submission_id")
+            ]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._strange(str(answer)) from error
 
     async def submit(self, submission_id: str, entrypoint: str, env: Mapping[str, str]) -> None:
         """Start a job. env: variables of its processes."""
@@ -73,8 +75,11 @@ class RayApi:
     async def node_addresses(self) -> list[str]:
         """The IP addresses of the nodes that live."""
         answer = await self._ask("GET", "/api/v0/nodes?limit=1000")
-        nodes = answer["data"]["result"]["result"]
-        return sorted({node["node_ip"] for node in nodes if node["state"] == "ALIVE"})
+        try:
+            nodes = answer["data"]["result"]["result"]
+            return sorted({node["node_ip"] for node in nodes if node["state"] == "ALIVE"})
+        except (KeyError, TypeError) as error:
+            raise self._strange(str(answer)) from error
 
     async def _ask(self, method: str, path: str, body: object = None) -> Any:
         try:
@@ -92,5 +97,30 @@ class RayApi:
                 "Set RAY_AUTH_TOKEN to the cluster's token.",
             )
         if answer.is_error:
-            raise ConfigError(f"The Ray cluster at {self.url} answers {answer.status_code}: {answer.text[:500]}.")
-        return answer.json()
+            raise self._strange(f"HTTP {answer.status_code}, {answer.text}")
+        try:
+            return answer.json()
+        except ValueError as error:
+            raise self._strange(answer.text) from error
+
+    def _strange(self, text: str) -> ConfigError:
+        return ConfigError(
+            f"What answers at {self.url} is no dashboard of Ray 2.60, or one in trouble: {text[:300]}.",
+            "Give the address of the Ray cluster's dashboard, and see the head's logs.",
+        )
+
+
+def _token(environ: Mapping[str, str]) -> str:
+    """RAY_AUTH_TOKEN, the content of the file RAY_AUTH_TOKEN_PATH, or of the one that Ray makes at home; or empty."""
+    if environ.get("RAY_AUTH_TOKEN"):
+        return environ["RAY_AUTH_TOKEN"].strip()
+    named = environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named or f"{environ.get('HOME', '')}/.ray/auth_token")
+    if not named and not path.is_file():
+        return ""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read Ray's token in {path}: {error.strerror}.", "Correct RAY_AUTH_TOKEN_PATH."
+        ) from error

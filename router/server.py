@@ -1,8 +1,8 @@
 """The running server: the API, its engine and, where the experts are on workers, their pool; how each ending goes.
 
-SIGINT ends at once: open streams get an error event. SIGTERM drains: new requests are refused, open streams finish, for
-at most drain_timeout. A second signal always ends at once. A dead engine, an HTTP server that ends by itself, or the
-end of a pool that is the server's own, ends the server with an error.
+SIGINT ends at once: open streams get an error event, open gRPC calls an error status. SIGTERM drains: new requests are
+refused, open streams finish, for at most drain_timeout. A second signal always ends at once. A dead engine, an HTTP
+server that ends by itself, or the end of a pool that is the server's own, ends the server with an error.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from barista.errors import BaristaError
 from router.console import OnProgress, progress
 from router.ending import Ending
 from router.engine_client import StartableEngine
+from router.grpc_api import GrpcApi
 from router.messages import ModelInfo
 from router.pool_process import PoolProcess
 
@@ -39,14 +40,24 @@ class _Http(uvicorn.Server):
 
 
 class Server:
-    """An application (router.api.app), its engine and the pool of its experts. drain_timeout: seconds."""
+    """An application (router.api.app), its engine and the pool of its experts.
+
+    drain_timeout: seconds. grpc_port: of the same API over gRPC, 0 for a free one; None for none.
+    """
 
     def __init__(
-        self, app: FastAPI, engine: StartableEngine, pool: PoolProcess | None = None, *, drain_timeout: float
+        self,
+        app: FastAPI,
+        engine: StartableEngine,
+        pool: PoolProcess | None = None,
+        *,
+        drain_timeout: float,
+        grpc_port: int | None = None,
     ) -> None:
         self._app = app
         self._engine = engine
         self._pool = pool
+        self._grpc = None if grpc_port is None else GrpcApi(app.state.service, grpc_port)
         self._drain_timeout = drain_timeout
         self._http = _Http(
             uvicorn.Config(
@@ -58,10 +69,17 @@ class Server:
             )
         )
 
+    @property
+    def grpc_address(self) -> str:
+        """Where gRPC's clients reach a running server from this machine, as host:port; empty if they cannot."""
+        return "" if self._grpc is None else self._grpc.address
+
     async def run(self, sock: socket.socket, on_ready: Callable[[ModelInfo], None], *, until_eof: bool) -> int:
         """Serve on a listening socket until something ends it. Returns the exit status; raises BaristaError."""
         ending = Ending()
         ending.watch(until_eof=until_eof)
+        if self._grpc is not None:
+            await self._grpc.start(sock.getsockname()[0])
         http = asyncio.create_task(self._http.serve(sockets=[sock]))
         try:
             if await self._load(ending, http):
@@ -70,6 +88,8 @@ class Server:
         finally:
             await self._engine.close()
             self._http.should_exit = True
+            if self._grpc is not None:
+                await self._grpc.stop(LAST_EVENTS_SECONDS)
             await asyncio.wait((http,))
             if self._pool is not None:
                 await self._pool.close()

@@ -119,10 +119,12 @@ class GetStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DrainWorkerRequest(_message.Message):
-    __slots__ = ("worker",)
+    __slots__ = ("worker", "node")
     WORKER_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     worker: str
-    def __init__(self, worker: _Optional[str] = ...) -> None: ...
+    node: str
+    def __init__(self, worker: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
 
 class ScaleRequest(_message.Message):
     __slots__ = ("workers",)

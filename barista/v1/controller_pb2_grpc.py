@@ -80,7 +80,8 @@ class ControllerServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Move every expert off a worker. Returns when that is done. Refused if it would uncover an expert.
+        """Move every expert off a worker, or off all workers of a node. Returns when that is done. Refused if it would uncover
+        an expert.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

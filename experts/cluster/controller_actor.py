@@ -65,9 +65,9 @@ class ControllerActor:
         """(host:port, token, the model's digest, the model's path)."""
         return self._address, self._token, self._config.model.digest, str(self._config.model.path)
 
-    def tls_dir(self) -> str | None:
-        """The folder of the certificates, on every node."""
-        return self._config.tls_dir
+    def order(self) -> PoolConfig:
+        """What the pool was made by."""
+        return self._config
 
     def start_workers(self) -> None:
         """Place the first workers; they start on their own. Raises ConfigError when they cannot be placed."""

@@ -6,7 +6,6 @@ over what it has open. Prints what it does, and exits with 1 if something could 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
@@ -18,6 +17,7 @@ import grpc
 import ray
 from ray.exceptions import RayError
 
+from barista.errors import BaristaError
 from barista.trust import Trust
 from barista.v1 import controller_pb2 as pb
 from barista.v1.controller_pb2_grpc import ControllerStub
@@ -30,39 +30,45 @@ ANSWER_SECONDS = 10.0
 
 def drain_node(seconds: float) -> bool:
     """True if nothing is left here. Call it in a process that has joined the cluster on this node."""
-    node_id = ray.get_runtime_context().get_node_id()
+    node_id: str = ray.get_runtime_context().get_node_id()
+    actors = ray.util.list_named_actors(all_namespaces=True)
     all_moved = True
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["name"] == NAME:
-            all_moved &= _drain_workers(actor["namespace"], node_id[:NODE_CHARACTERS], seconds)
-    for namespace in {actor["namespace"] for actor in ray.util.list_named_actors(all_namespaces=True)}:
+    for namespace in sorted(actor["namespace"] for actor in actors if actor["name"] == NAME):
+        all_moved &= _drain_workers(namespace, node_id[:NODE_CHARACTERS], seconds)
+    for namespace in sorted({actor["namespace"] for actor in actors}):
         name = engine_on(namespace, node_id)
         if name is not None:
-            print(f"draining {name}", flush=True)  # noqa: T201
+            _say(f"draining {name}")
             drain_engine(namespace, name)
     return all_moved
 
 
 def _drain_workers(namespace: str, node: str, seconds: float) -> bool:
-    controller: Any = ray.get_actor(NAME, namespace)
-    (address, token, _, _), tls_dir = ray.get(
-        [controller.about.remote(), controller.tls_dir.remote()], timeout=ANSWER_SECONDS
-    )
-    trust = Trust(token, None if tls_dir is None else Path(tls_dir))
-    all_moved = True
-    with trust.channel(address) as channel:
-        stub = ControllerStub(channel)
-        state = stub.GetState(pb.GetStateRequest(), timeout=ANSWER_SECONDS, metadata=trust.metadata)
-        for worker in state.workers:
-            if worker.node == node:
-                print(f"draining {worker.name}", flush=True)  # noqa: T201
-                request = pb.DrainWorkerRequest(worker=worker.name)
-                try:
-                    stub.Drain(request, timeout=seconds, metadata=trust.metadata)
-                except grpc.RpcError as error:
-                    print(f"{worker.name} is not drained: {error.details()}", file=sys.stderr)  # noqa: T201
-                    all_moved = False
-    return all_moved
+    """Whether they hold nothing any more. Whatever went wrong is said: the node goes in any case."""
+    try:
+        controller: Any = ray.get_actor(NAME, namespace)
+        (address, token, _, _), order = ray.get(
+            [controller.about.remote(), controller.order.remote()], timeout=ANSWER_SECONDS
+        )
+        trust = Trust(token, Path(order.tls_dir) if order.tls_dir else None)
+        with trust.channel(address) as channel:
+            stub = ControllerStub(channel)
+            state = stub.GetState(pb.GetStateRequest(), timeout=ANSWER_SECONDS, metadata=trust.metadata)
+            names = [worker.name for worker in state.workers if worker.node == node]
+            if names:
+                _say(f"draining {', '.join(names)}")
+                stub.Drain(pb.DrainWorkerRequest(node=node), timeout=seconds, metadata=trust.metadata)
+    except grpc.RpcError as error:
+        print(f"the workers are not drained: {error.details() or error.code().name}", file=sys.stderr)  # noqa: T201
+        return False
+    except (RayError, ValueError, BaristaError) as error:
+        print(f"the workers are not drained: {error}", file=sys.stderr)  # noqa: T201
+        return False
+    return True
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
 
 
 def main() -> int:
@@ -76,9 +82,7 @@ def main() -> int:
     except (ConnectionError, RuntimeError) as error:
         print(f"no Ray node runs here: {error}", file=sys.stderr)  # noqa: T201
         return 1
-    with contextlib.suppress(RayError, grpc.RpcError):
-        return 0 if drain_node(seconds) else 1
-    return 1
+    return 0 if drain_node(seconds) else 1
 
 
 if __name__ == "__main__":

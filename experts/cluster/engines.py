@@ -1,7 +1,7 @@
 """The engines of a deployment as Ray sees them: processes under named actors, one on each node that offers a place.
 
-What an engine is, this package does not know: a command that takes --host, drains at SIGTERM, and ends when its
-standard input does.
+What an engine is, this package does not know: a command that takes --host, says when it serves, drains at SIGTERM, and
+ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from experts.cluster.workers import package_env
 
@@ -26,24 +26,33 @@ log = logging.getLogger(__name__)
 ENGINE_RESOURCE = "barista_engine"
 PREFIX = "engine-"
 ANSWER_SECONDS = 5.0
+DRAIN_SECONDS = 600.0  # it has a limit of its own for that, which is shorter
 RESTART_SECONDS = 2.0  # between the end of a process and the next one
 LOOPBACK_HOST = "127.0.0.1"
 
+About = tuple[tuple[str, ...], str, bool]
+
 
 class EngineActor:
-    """Runs `command`, and ends when that has ended, so that Ray makes another one. loopback: listen there alone."""
+    """Runs `command`, and ends when that has ended, so that Ray makes another one. loopback: listen there alone.
+
+    The command says that it serves by a line that begins with "Ready".
+    """
 
     def __init__(self, command: Sequence[str], *, loopback: bool) -> None:
         self._command = tuple(command)
         self._draining = False
+        self._ready = False
         host = LOOPBACK_HOST if loopback else ray.util.get_node_ip_address()
         # Whatever ends this process closes the pipe, and the engine with it.
-        self._process = subprocess.Popen([*command, "--host", host, "--until-eof"], stdin=subprocess.PIPE)
+        self._process = subprocess.Popen(
+            [*command, "--host", host, "--until-eof"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         threading.Thread(target=self._follow, daemon=True).start()
 
-    def about(self) -> tuple[tuple[str, ...], str]:
-        """The command, and the id of this node."""
-        return self._command, ray.get_runtime_context().get_node_id()
+    def about(self) -> About:
+        """The command, the id of this node, and whether it serves."""
+        return self._command, ray.get_runtime_context().get_node_id(), self._ready
 
     def drain(self) -> int:
         """Let it finish, or hand over, what it has open. Returns its exit status; no other one is started here."""
@@ -52,6 +61,10 @@ class EngineActor:
         return self._process.wait()
 
     def _follow(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._ready |= line.startswith("Ready")
+            print(line, end="", flush=True)  # noqa: T201  # to this actor's log
         status = self._process.wait()
         if self._draining:
             return
@@ -64,29 +77,40 @@ class RayEngines:
     """`replicas` actors engine-0, engine-1, ... of the namespace, each with `command`. Call `tend` now and then."""
 
     def __init__(self, namespace: str, replicas: int, command: Sequence[str], *, loopback: bool) -> None:
+        self.command = tuple(command)
         self._namespace = namespace
         self._wanted = [f"{PREFIX}{number}" for number in range(replicas)]
-        self._command = tuple(command)
         self._loopback = loopback
-        self._known: set[str] = set()  # that run this command
 
-    def tend(self) -> None:
+    def tend(self) -> list[str]:
         """Make what is missing; drain and replace one that runs another command; drain and end what is too much.
 
-        One replacement a call, so that the others serve meanwhile. Returns when it is drained.
+        One replacement a call, and only while all others serve. Returns, for people, what keeps an engine from serving.
         """
         there = engine_names(self._namespace)
+        troubles = []
+        stale = [name for name in there if name not in self._wanted]
         for name in self._wanted:
             if name not in there:
                 self._make(name)
-        stale = [name for name in there if name not in self._wanted or not self._is_current(name)]
-        if stale:
+            try:
+                command, _, is_ready = about(self._namespace, name)
+            except GetTimeoutError:
+                troubles.append(f"{name} waits for a node that offers {ENGINE_RESOURCE}")
+            except (RayError, ValueError) as error:
+                troubles.append(f"{name} cannot run: {str(error).strip().splitlines()[-1]}")
+            else:
+                if command != self.command:
+                    stale.append(name)
+                elif not is_ready:
+                    troubles.append(f"{name} loads")
+        if stale and (not troubles or stale[0] not in self._wanted):
             end_engine(self._namespace, stale[0])
             if stale[0] in self._wanted:
                 self._make(stale[0])
+        return troubles
 
     def _make(self, name: str) -> None:
-        self._known.add(name)
         ray.remote(EngineActor).options(
             name=name,
             namespace=self._namespace,
@@ -98,17 +122,7 @@ class RayEngines:
             resources={ENGINE_RESOURCE: 1},
             scheduling_strategy="SPREAD",
             runtime_env=package_env(),
-        ).remote(self._command, loopback=self._loopback)
-
-    def _is_current(self, name: str) -> bool:
-        """One that does not answer is being placed or restarted, and is asked again at the next call."""
-        if name in self._known:
-            return True
-        with contextlib.suppress(RayError, ValueError):
-            if about(self._namespace, name)[0] != self._command:
-                return False
-            self._known.add(name)
-        return True
+        ).remote(self.command, loopback=self._loopback)
 
 
 def engine_names(namespace: str) -> list[str]:
@@ -127,18 +141,22 @@ def engine_on(namespace: str, node_id: str) -> str | None:
     return None
 
 
-def about(namespace: str, name: str) -> tuple[tuple[str, ...], str]:
-    """An engine's command, and the id of its node. Raises RayError when it does not answer, ValueError: it has gone."""
+def about(namespace: str, name: str) -> About:
+    """As EngineActor.about. Raises RayError when it does not answer (GetTimeoutError: in time), ValueError: it is gone."""
     actor: Any = ray.get_actor(name, namespace)
-    command, node_id = ray.get(actor.about.remote(), timeout=ANSWER_SECONDS)
-    return tuple(command), node_id
+    command, node_id, is_ready = ray.get(actor.about.remote(), timeout=ANSWER_SECONDS)
+    return tuple(command), node_id, is_ready
 
 
 def drain_engine(namespace: str, name: str) -> None:
-    """Returns when it has nothing open any more. It stays, ended, until its node goes or someone ends it."""
-    with contextlib.suppress(RayActorError, ValueError):
+    """Returns when it has nothing open any more. It stays, ended, until its node goes or someone ends it.
+
+    One that does not answer runs nowhere, or hangs: there is nothing to drain.
+    """
+    with contextlib.suppress(RayError, ValueError):
+        about(namespace, name)
         actor: Any = ray.get_actor(name, namespace)
-        ray.get(actor.drain.remote())
+        ray.get(actor.drain.remote(), timeout=DRAIN_SECONDS)
 
 
 def end_engine(namespace: str, name: str) -> None:

@@ -86,7 +86,7 @@ class Keeper:
                 deployment = None
                 if config.engines:
                     trust = Trust(token, Path(config.tls_dir) if config.tls_dir else None)
-                    deployment = Deployment(config, namespace, address, trust, self._say_waiting)
+                    deployment = Deployment(config, namespace, controller, trust, self._say_waiting)
                 elif is_new:
                     self._say(messages.progress(0.8, f"placing {config.workers} workers"))
                     _answer(controller.start_workers.remote(), config)

@@ -73,16 +73,30 @@ class Command:
 
 def begin_drain(pool: Pool, name: str, now: float) -> Command:
     """Move every expert off a worker. Raises Refused."""
-    member = pool.members.get(name)
-    if member is None:
+    if name not in pool.members:
         names = ", ".join(member.name for member in pool.sorted_members())
         raise Refused(f"There is no worker {name!r}. The workers are {names}.", unknown=True)
-    if not member.draining:
-        _require_coverage(pool, f"{name} cannot be drained")
-        _require_room(pool, [name], f"Draining {name}")
-        member.draining = True
+    return _drain(pool, [name], now)
+
+
+def begin_drain_node(pool: Pool, node: str, now: float) -> Command:
+    """Move every expert off the workers of a node, none of them to another one there. Raises Refused."""
+    names = [member.name for member in pool.sorted_members() if member.node == node]
+    if not names:
+        raise Refused(f"No worker is on the node {node!r}.", unknown=True)
+    return _drain(pool, names, now)
+
+
+def _drain(pool: Pool, names: list[str], now: float) -> Command:
+    what = ", ".join(names)
+    new = [name for name in names if not pool.members[name].draining]
+    if new:
+        _require_coverage(pool, f"{what} cannot be drained")
+        _require_room(pool, new, f"Draining {what}")
+        for name in new:
+            pool.members[name].draining = True
         tend(pool, now)
-    return Command(pool, f"Draining {name}", lambda: _is_empty(pool, name), now)
+    return Command(pool, f"Draining {what}", lambda: all(_is_empty(pool, name) for name in names), now)
 
 
 def begin_scale(pool: Pool, count: int, now: float) -> Command:

@@ -13,7 +13,7 @@ from barista.errors import BaristaError
 from barista.trust import SERVER_OPTIONS, Trust
 from barista.v1 import controller_pb2 as pb
 from barista.v1.controller_pb2_grpc import ControllerServicer, add_ControllerServicer_to_server
-from experts.controller.commands import Command, Refused, begin_drain, begin_rebalance, begin_scale
+from experts.controller.commands import Command, Refused, begin_drain, begin_drain_node, begin_rebalance, begin_scale
 from experts.controller.runner import Runner
 from experts.controller.wire import move, pool_state
 
@@ -57,7 +57,13 @@ class ControllerService(ControllerServicer):  # type: ignore[misc]  # generated 
         return self._state()
 
     async def Drain(self, request: pb.DrainWorkerRequest, context: Any) -> pb.PoolState:
-        await self._run(lambda: begin_drain(self._pool, request.worker, self._runner.clock()), context)
+        def begin() -> Command:
+            now = self._runner.clock()
+            if request.node:
+                return begin_drain_node(self._pool, request.node, now)
+            return begin_drain(self._pool, request.worker, now)
+
+        await self._run(begin, context)
         return self._state()
 
     async def Scale(self, request: pb.ScaleRequest, context: Any) -> pb.PoolState:

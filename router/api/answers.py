@@ -42,12 +42,12 @@ def request_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(16)}"
 
 
-def answer(service: Service, answer_id: str, body: GenerateRequest, generation: Generation, fmt: Format) -> Response:
+def answer(service: Service, body: GenerateRequest, generation: Generation, fmt: Format) -> Response:
     """The HTTP answer, a stream if the request asks for one."""
     if not body.stream:
-        return JsonAnswer(_collect(service, answer_id, generation, fmt), service.metrics)
+        return JsonAnswer(_collect(service, generation, fmt), service.metrics)
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
-    return EventStream(_events(service, answer_id, generation, fmt, include_usage), service.metrics)
+    return EventStream(_events(service, generation, fmt, include_usage), service.metrics)
 
 
 def shown_logprob(logprob: float | None) -> float:
@@ -65,22 +65,20 @@ def _envelope(service: Service, answer_id: str, name: str) -> dict[str, Any]:
     }
 
 
-async def _collect(service: Service, answer_id: str, generation: Generation, fmt: Format) -> dict[str, Any]:
+async def _collect(service: Service, generation: Generation, fmt: Format) -> dict[str, Any]:
     choices: dict[int, list[Delta]] = {}
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
             choices.setdefault(delta.index, []).append(delta)
     whole = [fmt.whole(index, choices[index]) for index in sorted(choices)]
-    return _envelope(service, answer_id, fmt.object) | {"choices": whole, "usage": generation.usage()}
+    return _envelope(service, generation.answer_id, fmt.object) | {"choices": whole, "usage": generation.usage()}
 
 
-async def _events(
-    service: Service, answer_id: str, generation: Generation, fmt: Format, include_usage: bool
-) -> AsyncGenerator[bytes]:
+async def _events(service: Service, generation: Generation, fmt: Format, include_usage: bool) -> AsyncGenerator[bytes]:
     chunk: dict[str, Any] = {}
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
-            chunk = chunk or _envelope(service, answer_id, fmt.chunk_object) | (
+            chunk = chunk or _envelope(service, generation.answer_id, fmt.chunk_object) | (
                 {"usage": None} if include_usage else {}
             )
             for choice in fmt.chunks(delta):

@@ -86,28 +86,30 @@ def chat_router(service: Service) -> APIRouter:
     )
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a chat, whole or as a stream of server-sent events."""
-        service.loaded_model(body.model)
-        max_tokens = _max_tokens(body)
-        logprobs = _logprobs(body)
-
-        async def prepare() -> Prompts:
-            text = await service.render(body.messages, body.chat_template_kwargs)
-            return [await service.encode(text, add_special_tokens=False, param="messages")]
-
-        answer_id = request_id("chatcmpl")
-        generation = Generation(
-            service,
-            answer_id,
-            request.scope["barista.key"],
-            body,
-            prepare,
-            num_prompts=1,
-            max_tokens=max_tokens,
-            logprobs=logprobs,
-        )
-        return answer(service, answer_id, body, generation, ChatFormat(service.tokenizer, logprobs is not None))
+        generation = chat_generation(service, request.scope["barista.key"], body)
+        return answer(service, body, generation, ChatFormat(service.tokenizer, generation.logprobs is not None))
 
     return router
+
+
+def chat_generation(service: Service, key: bytes, body: ChatCompletionRequest) -> Generation:
+    """The answer to a chat, not begun. key: as of Generation. Raises RequestError."""
+    service.loaded_model(body.model)
+
+    async def prepare() -> Prompts:
+        text = await service.render(body.messages, body.chat_template_kwargs)
+        return [await service.encode(text, add_special_tokens=False, param="messages")]
+
+    return Generation(
+        service,
+        request_id("chatcmpl"),
+        key,
+        body,
+        prepare,
+        num_prompts=1,
+        max_tokens=_max_tokens(body),
+        logprobs=_logprobs(body),
+    )
 
 
 def _max_tokens(body: ChatCompletionRequest) -> int | None:

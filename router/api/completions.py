@@ -83,31 +83,35 @@ def completions_router(service: Service) -> APIRouter:
     )
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or several, whole or as a stream of server-sent events."""
-        service.loaded_model(body.model)
+        generation = completion_generation(service, request.scope["barista.key"], body)
         if body.echo and body.logprobs is not None:
             raise InvalidRequest("echo cannot be combined with logprobs", param="echo")
-        prompts = body.prompts
-
-        async def prepare() -> Prompts:
-            return [await _encode(service, prompt) for prompt in prompts]
-
-        prefixes = [_shown(service, prompt) for prompt in prompts] if body.echo else []
-        answer_id = request_id("cmpl")
-        generation = Generation(
-            service,
-            answer_id,
-            request.scope["barista.key"],
-            body,
-            prepare,
-            num_prompts=len(prompts),
-            max_tokens=body.max_tokens,
-            logprobs=body.logprobs,
-            default_max_tokens=DEFAULT_MAX_TOKENS,
-        )
+        prefixes = [_shown(service, prompt) for prompt in body.prompts] if body.echo else []
         fmt = CompletionFormat(service.tokenizer, body.logprobs is not None, prefixes, body.n or 1)
-        return answer(service, answer_id, body, generation, fmt)
+        return answer(service, body, generation, fmt)
 
     return router
+
+
+def completion_generation(service: Service, key: bytes, body: CompletionRequest) -> Generation:
+    """What continues the prompts, not begun. key: as of Generation. Raises RequestError."""
+    service.loaded_model(body.model)
+    prompts = body.prompts
+
+    async def prepare() -> Prompts:
+        return [await _encode(service, prompt) for prompt in prompts]
+
+    return Generation(
+        service,
+        request_id("cmpl"),
+        key,
+        body,
+        prepare,
+        num_prompts=len(prompts),
+        max_tokens=body.max_tokens,
+        logprobs=body.logprobs,
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+    )
 
 
 async def _encode(service: Service, prompt: str | list[int]) -> tuple[int, ...]:

@@ -61,30 +61,35 @@ class RequireKey:
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
-        self._required = bool(settings.api_keys)
-        self._digests = settings.api_keys + settings.admin_keys
+        self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on or answer 401 (ASGI)."""
         if scope["type"] == "http":
-            scope["barista.key"] = key = self._match(Headers(scope=scope))
-            if self._required and not key and scope["path"] not in OPEN_PATHS:
-                error = InvalidRequest(
-                    "A valid API key is needed, as `Authorization: Bearer KEY`.", status=401, code="invalid_api_key"
-                )
-                await error_response(error)(scope, receive, send)
+            headers = Headers(scope=scope)
+            scope["barista.key"] = key = caller_key(headers.get("authorization", ""), self._settings)
+            if self._settings.api_keys and not key and scope["path"] not in OPEN_PATHS:
+                await error_response(no_key())(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _match(self, headers: Headers) -> bytes:
-        """The digest of the caller's key, b"" if it is not known.
 
-        All are compared, each in constant time, so time tells nothing.
-        """
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
-        matches = [known for known in self._digests if hmac.compare_digest(known, digest)]
-        return matches[0] if matches and scheme.lower() == "bearer" else b""
+def caller_key(authorization: str, settings: ApiSettings) -> bytes:
+    """The digest of the caller's key, b"" if it is not known. authorization: as the caller sent it, or "".
+
+    All are compared, each in constant time, so time tells nothing.
+    """
+    scheme, _, key = authorization.partition(" ")
+    digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
+    matches = [known for known in settings.api_keys + settings.admin_keys if hmac.compare_digest(known, digest)]
+    return matches[0] if matches and scheme.lower() == "bearer" else b""
+
+
+def no_key() -> InvalidRequest:
+    """The answer to a caller without a key who needs one."""
+    return InvalidRequest(
+        "A valid API key is needed, as `Authorization: Bearer KEY`.", status=401, code="invalid_api_key"
+    )
 
 
 class ReadBody:

@@ -23,20 +23,14 @@ def operations_router(service: Service) -> APIRouter:
     @router.get("/live", responses=UNREADY)
     async def live() -> Status:
         """The process makes progress, or waits for what it cannot hurry: 503 means that a restart would help."""
-        if service.engine.ready and not service.progress.seen(await _answers(service)):
+        if service.owns_engine and not service.progress.seen(answers=await _answers(service)):
             raise Overloaded("The engine has made no progress for minutes.", code="no_progress", retry_after=5)
         return {"status": "ok"}
 
     @router.get("/ready", responses=UNREADY)
     async def ready() -> Status:
         """The model is loaded, a worker holds every expert, and new requests are welcome."""
-        if not service.ready:
-            code = "draining" if service.admission.draining else "not_ready"
-            raise Overloaded("The server is not ready.", code=code, retry_after=5)
-        pool = (await service.engine.stats()).pool
-        if pool is not None and pool.experts_uncovered:
-            message = f"No worker in reach holds {pool.experts_uncovered} of the experts."
-            raise Overloaded(message, code="experts_uncovered", retry_after=1)
+        await service.require_ready()
         return {"status": "ok"}
 
     @router.get("/metrics", response_class=Response, responses={**GET_ERRORS, 200: TEXT})
@@ -64,6 +58,9 @@ def operations_router(service: Service) -> APIRouter:
 
 
 async def _answers(service: Service) -> bool:
+    """True also while it loads: that takes what it takes."""
+    if not service.engine.ready:
+        return True
     try:
         await service.engine.stats()
     except EngineFailed:

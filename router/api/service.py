@@ -42,6 +42,7 @@ class Service:
     admission: Admission
     metrics: Metrics
     pool: PoolClient | None = None
+    owns_engine: bool = True
     progress: Progress = field(default_factory=Progress)
     created: int = field(default_factory=lambda: int(time.time()))
     max_token_chars: int = field(init=False)
@@ -54,6 +55,16 @@ class Service:
     def ready(self) -> bool:
         """True when a new request would be served."""
         return self.engine.ready and not self.admission.draining
+
+    async def require_ready(self) -> None:
+        """Raises Overloaded, or EngineFailed, unless a new request would be served, with every expert in reach."""
+        if not self.ready:
+            code = "draining" if self.admission.draining else "not_ready"
+            raise Overloaded("The server is not ready.", code=code, retry_after=5)
+        pool = (await self.engine.stats()).pool
+        if pool is not None and pool.experts_uncovered:
+            message = f"No worker in reach holds {pool.experts_uncovered} of the experts."
+            raise Overloaded(message, code="experts_uncovered", retry_after=1)
 
     def loaded_model(self, name: str | None = None) -> ModelInfo:
         """The served model. Raises NotFound for another name, Overloaded while it loads or after the engine died."""

@@ -24,6 +24,11 @@ def command(
     engine_replicas: int = ENGINES,
     engine_port: int = PORT,
     remove: bool = typer.Option(False, "--remove", help="Take the deployment of this --pool down instead."),
+    send_token: bool = typer.Option(
+        True,
+        help="Give the job BARISTA_POOL_TOKEN, which Ray then shows to whoever has its own token; needless where the "
+        "cluster's nodes have it.",
+    ),
     kubernetes: str = typer.Option(
         "", metavar="NAMESPACE/NAME", help="Tell the pods of this Helm release how the pool stands.", show_default="no"
     ),
@@ -49,6 +54,7 @@ def command(
         kubernetes=kubernetes,
         health_port=health_port,
         groups=groups,
+        sends_token=send_token,
     )
     raise typer.Exit(deploy(load(config, os.environ, _given(flags)), options, remove=remove))
 

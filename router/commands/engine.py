@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from barista.config import ServeConfig, load
+from barista.config import load
 from router.commands.serve import with_serve_flags
 from router.engine_port import ENGINE_PORT
 
@@ -27,9 +26,7 @@ def command(
     Both ends show the token in BARISTA_POOL_TOKEN and, beyond this machine, the certificates in --tls-dir.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    settings = load(config, os.environ, given)
-    if settings.port == ServeConfig.port:
-        settings = replace(settings, port=ENGINE_PORT)
+    settings = load(config, os.environ, given, {"port": ENGINE_PORT})
     from router.engine_host import serve_engine
 
     raise typer.Exit(serve_engine(settings, until_eof=until_eof))

@@ -40,7 +40,9 @@ def command(
     config: Path | None = typer.Option(
         None, envvar="BARISTA_CONFIG", help="TOML file of these settings, named with _ for -."
     ),
-    as_json: bool = typer.Option(False, "--json", help='Once ready, print {"url", "model"} alone on stdout.'),
+    as_json: bool = typer.Option(
+        False, "--json", help='Once ready, print {"url", "model"} alone on stdout; with --grpc-port also "grpc".'
+    ),
     until_eof: bool = typer.Option(False, hidden=True, help="Stop when standard input closes."),
     **flags: Any,
 ) -> None:

@@ -99,5 +99,5 @@ def _explained(error: ClusterError, namespace: str, service: str, known: frozens
     keeping = "none is known yet" if known is None else f"the last {len(known)} known stay in use"
     text = f"The endpoints of Service {namespace}/{service} cannot be read; {keeping}: {error}."
     if error.status == 403:
-        text += " Allow get, list and watch of endpointslices (discovery.k8s.io) in the namespace's Role."
+        text += " Allow list and watch of endpointslices (discovery.k8s.io) in the namespace's Role."
     return text

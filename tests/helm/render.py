@@ -35,7 +35,7 @@ def render(file: str | None, *settings: str, helm: str = HELMS[-1], apis: tuple[
 
     apis: what the cluster knows besides Kubernetes. Raises Refused.
     """
-    return [*yaml.load_all(_text(file, settings, helm, apis), _Loader)]
+    return [*yaml.load_all(render_text(file, *settings, helm=helm, apis=apis), _Loader)]
 
 
 def refusal(file: str | None, *settings: str, apis: tuple[str, ...] = APIS) -> str:
@@ -48,7 +48,8 @@ def refusal(file: str | None, *settings: str, apis: tuple[str, ...] = APIS) -> s
 
 
 @cache
-def _text(file: str | None, settings: tuple[str, ...], helm: str, apis: tuple[str, ...]) -> str:
+def render_text(file: str | None, *settings: str, helm: str = HELMS[-1], apis: tuple[str, ...] = APIS) -> str:
+    """The same as Helm writes it."""
     command: list[str | Path] = [tools.helm(helm), "template", RELEASE, CHART, "--namespace", NAMESPACE]
     if file is not None:
         command += ["--values", CHART / "ci" / file]

@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from router.cli import app
-from tests.helm.render import CI_FILES, containers, pod_templates, render
+from tests.helm.render import CI_FILES, containers, named, pod_templates, render
 
 BARISTA = typer.main.get_command(app)
 # Together they set every flag.
@@ -79,7 +79,19 @@ def test_the_values_reach_the_program():
         "http://collector:4318",
         0.5,
     )
-    assert lines["drain"]["timeout"] == 600
+    assert (serve["port"], serve["grpc_port"]) == (8000, 50053)
+    assert lines["drain"]["timeout"] == 570
+
+
+def test_without_grpc_the_program_is_told_of_no_port_and_the_service_has_none():
+    (serve,) = (line for line in command_lines("cpu.yaml", "router.grpc.enabled=false") if line[1] == "serve")
+    assert parse(serve)["grpc_port"] is None
+    ports = {
+        port["name"] for port in named(render("cpu.yaml", "router.grpc.enabled=false"), "Service", "")["spec"]["ports"]
+    }
+    assert ports == {"http"}
+    (grpc,) = (p for p in named(render("cpu.yaml"), "Service", "")["spec"]["ports"] if p["name"] == "grpc")
+    assert (grpc["port"], grpc["appProtocol"]) == (50053, "kubernetes.io/h2c")
 
 
 def test_a_flag_that_does_not_exist_is_noticed():

@@ -7,8 +7,9 @@ import pytest
 from tests.helm.flows import Peer, allowed, lets_through
 from tests.helm.render import NAMESPACE, Document, of_kind, pod_templates, render
 
-HTTP, ENGINE, CONTROLLER, GCS, DASHBOARD, METRICS, API, HTTPS, ANY = (
+HTTP, GRPC, ENGINE, CONTROLLER, GCS, DASHBOARD, METRICS, API, HTTPS, MINIKUBE, MICROK8S, ANY = (
     8000,
+    50053,
     50051,
     50052,
     6379,
@@ -16,9 +17,28 @@ HTTP, ENGINE, CONTROLLER, GCS, DASHBOARD, METRICS, API, HTTPS, ANY = (
     8080,
     6443,
     443,
+    8443,
+    16443,
     40123,
 )
-PORTS = (HTTP, ENGINE, CONTROLLER, GCS, DASHBOARD, METRICS, API, HTTPS, ANY, 22, 4318, 8090, 52365)
+PORTS = (
+    HTTP,
+    GRPC,
+    ENGINE,
+    CONTROLLER,
+    GCS,
+    DASHBOARD,
+    METRICS,
+    API,
+    HTTPS,
+    MINIKUBE,
+    MICROK8S,
+    ANY,
+    22,
+    4318,
+    8090,
+    52365,
+)
 
 ELSEWHERE = {
     "stranger": Peer({"app": "stranger"}, "other"),
@@ -60,14 +80,15 @@ def between(sources, targets, ports) -> set[tuple[str, str, int]]:
 RAY = ("head", "worker")
 PODS = tuple(name for name, peer in ELSEWHERE.items() if peer.namespace)
 # The address of the Kubernetes API is not known: on its ports everything can be reached that lets itself be.
-TO_API = between(("router", "deployer"), ELSEWHERE, (HTTPS, API))
+API_PORTS = (HTTPS, API, MINIKUBE, MICROK8S)
+TO_API = between(("router", "deployer"), ELSEWHERE, API_PORTS)
 INSIDE = (
     between(RAY, RAY, PORTS)
     | between(("router",), RAY, (ENGINE, CONTROLLER))
     | between(("deployer",), RAY, (CONTROLLER,))
     | between(("deployer", "ray-client"), ("head",), (DASHBOARD,))
 )
-CLIENTS = between([*PODS, "test"], ("router",), (HTTP,))
+CLIENTS = between(PODS, ("router",), (HTTP, GRPC)) | {("test", "router", HTTP)}
 
 
 def test_a_static_release_has_the_flows_that_exist_and_no_other():
@@ -81,6 +102,11 @@ def test_a_hub_model_monitoring_and_autoscaling_add_a_flow_each():
     assert flows(render("kuberay.yaml")) == INSIDE | TO_API | CLIENTS | hub | scraped | asked
 
 
+def test_without_grpc_its_port_is_closed():
+    found = flows(render("cpu.yaml", "router.grpc.enabled=false"))
+    assert found == {flow for flow in INSIDE | TO_API | CLIENTS if flow[1] != "router" or flow[2] != GRPC}
+
+
 def test_an_external_cluster_is_reached_by_router_and_deployer_only():
     remover = between(("remover",), ("outer ray",), (DASHBOARD,))
     outward = between(("router",), ("outer ray",), (ENGINE, CONTROLLER, DASHBOARD)) | between(
@@ -91,13 +117,13 @@ def test_an_external_cluster_is_reached_by_router_and_deployer_only():
 
 def test_without_the_kubernetes_api_only_the_ingress_comes_in_and_only_traces_go_out():
     traces = between(("router",), ELSEWHERE, (4318,))
-    clients = between(("ingress", "test"), ("router",), (HTTP,))
+    clients = between(("ingress",), ("router",), (HTTP, GRPC)) | {("test", "router", HTTP)}
     assert flows(render("secure.yaml")) == INSIDE | traces | clients
 
 
 def test_reading_node_labels_takes_the_kubernetes_api():
     found = flows(render("cpu.yaml", "kubernetes.nodeLabels=true"))
-    assert between(RAY, ELSEWHERE, (API,)) <= found
+    assert between(RAY, ELSEWHERE, API_PORTS) <= found
     assert not between(RAY, ELSEWHERE, (ANY,)) & found
 
 
@@ -107,7 +133,7 @@ def test_both_ends_of_a_flow_inside_name_it_and_neither_names_more(file):
     policies = list(of_kind(documents, "NetworkPolicy"))
     ours = {name: peer for name, peer in peers(documents).items() if name not in ELSEWHERE}
     # Clients come from everywhere, and the Kubernetes API may be anywhere.
-    ports = set(PORTS) - {HTTP, HTTPS, API}
+    ports = set(PORTS) - {HTTP, GRPC, *API_PORTS}
     for (a, source), (b, target), port in product(ours.items(), ours.items(), ports):
         out = lets_through(policies, source, target, "egress", port)
         assert out == lets_through(policies, target, source, "ingress", port), (a, b, port)
@@ -118,12 +144,27 @@ def test_every_pod_may_resolve_names_and_only_at_the_cluster_dns(file):
     documents = render(file)
     policies = list(of_kind(documents, "NetworkPolicy"))
     dns = Peer({"k8s-app": "kube-dns"}, "kube-system")
+    on_the_node = Peer(address="169.254.20.10")
     for name, end in peers(documents).items():
         if name not in ELSEWHERE:
             assert allowed(policies, end, dns, 53, "UDP"), name
             assert allowed(policies, end, dns, 53), name
+            assert allowed(policies, end, on_the_node, 53, "UDP"), name
             assert not allowed(policies, end, ELSEWHERE["internet"], 53, "UDP"), name
             assert not allowed(policies, end, dns, 80), name
+
+
+def test_the_servers_of_another_dns_are_reached_where_they_listen():
+    there = "networkPolicy.dnsTo[0].namespaceSelector.matchLabels.kubernetes\\.io/metadata\\.name=openshift-dns"
+    for setting, peer in ((there, Peer({}, "openshift-dns")), ("networkPolicy.dnsTo=[]", ELSEWHERE["internet"])):
+        documents = render("cpu.yaml", setting)
+        policies = list(of_kind(documents, "NetworkPolicy"))
+        assert allowed(policies, peers(documents)["head"], peer, 5353, "UDP")
+
+
+def test_the_kubernetes_api_is_reached_on_its_ports_alone():
+    found = flows(render("cpu.yaml", "networkPolicy.apiServerPorts=[22]"))
+    assert {port for source, target, port in found if target in ELSEWHERE} == {22}
 
 
 def test_a_pull_goes_everywhere_but_to_the_credentials_of_the_cloud():

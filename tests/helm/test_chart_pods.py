@@ -63,7 +63,6 @@ def test_kuberay_keeps_our_command_and_updates_the_pods_and_never_scales():
 def test_workers_are_replaced_one_at_a_time_each_once_its_experts_are_loaded_and_drained_first():
     documents = render("cpu.yaml")
     workers = named(documents, "StatefulSet", "worker")["spec"]
-    assert workers["podManagementPolicy"] == "Parallel"
     assert workers["updateStrategy"] == {"type": "RollingUpdate"}  # without maxUnavailable: one
     pod = workers["template"]["spec"]
     assert pod["readinessGates"] == [{"conditionType": "barista.dev/experts-loaded"}]
@@ -71,6 +70,27 @@ def test_workers_are_replaced_one_at_a_time_each_once_its_experts_are_loaded_and
     router = named(documents, "Deployment", "router")["spec"]["strategy"]["rollingUpdate"]
     assert router == {"maxUnavailable": 0, "maxSurge": 1}
     assert named(documents, "Deployment", "deployer")["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_a_pod_that_never_gets_ready_blocks_neither_its_correction_nor_a_nodes_drain():
+    documents = render("cpu.yaml")
+    # In order, a StatefulSet waits for a broken pod before it replaces it.
+    assert [s["spec"]["podManagementPolicy"] for s in of_kind(documents, "StatefulSet")] == ["Parallel"] * 2
+    budgets = list(of_kind(documents, "PodDisruptionBudget"))
+    assert [budget["spec"]["unhealthyPodEvictionPolicy"] for budget in budgets] == ["AlwaysAllow"] * 2
+
+
+def test_workers_are_spread_over_nodes_where_that_is_possible():
+    (spread,) = pod_templates(render("cpu.yaml"))["worker"]["spec"]["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "ScheduleAnyway")
+    labels = pod_templates(render("cpu.yaml"))["worker"]["metadata"]["labels"]
+    assert spread["labelSelector"]["matchLabels"].items() <= labels.items()
+
+
+def test_a_pod_ends_within_what_a_cluster_autoscaler_waits():
+    for file in CI_FILES:
+        for template in pod_templates(render(file)).values():
+            assert template["spec"]["terminationGracePeriodSeconds"] <= 600
 
 
 @pytest.mark.parametrize("component", ["head", "worker"])
@@ -156,7 +176,7 @@ def test_the_model_is_made_ready_in_every_pod_that_reads_it():
     built_in = [["barista", "models", "--prepare", "house-blend"]]
     for component in ("head", "worker", "router"):
         assert first_commands(component) == built_in
-        assert first_commands(component, "model.name=/models/x") == []
+        assert first_commands(component, "model.name=/var/cache/barista/x") == []
     assert first_commands("deployer") == []
     hub = "model.name=deepseek-ai/DeepSeek-V3", "model.inspect=null"
     assert first_commands("worker", *hub) == [["barista", "pull", "deepseek-ai/DeepSeek-V3"]]
@@ -265,6 +285,40 @@ def test_the_model_cache_is_the_volume_asked_for_in_every_pod_that_reads_it(kind
     assert claims == ([f"{FULLNAME}-model"] if kind == "pvc" and not settings else [])
 
 
+def test_a_router_that_pulls_needs_no_folder_of_a_node():
+    templates = pod_templates(render("gpu.yaml"))
+    for component in ("head", "worker"):
+        spec = templates[component]["spec"]
+        assert "hostPath" in volume(templates[component], "model-cache")
+        assert spec["nodeSelector"] == {"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}  # where the folder is
+        assert spec["tolerations"]
+    assert "emptyDir" in volume(templates["router"], "model-cache")
+    there = pod_templates(render("gpu.yaml", "model.pull=never"))["router"]
+    assert "hostPath" in volume(there, "model-cache")
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        ("cpu.yaml", ("model.name=/var/cache/barista/x",)),
+        ("cpu.yaml", ("model.name=/models/x", "model.pull=never")),
+        ("cache-image.yaml", ()),
+        ("external.yaml", ()),
+        (
+            "cpu.yaml",
+            ("model.name=/models/x",)
+            + tuple(
+                f'{part}={{"volumes": [{{"name": "m", "emptyDir": {{}}}}],'
+                ' "volumeMounts": [{"name": "m", "mountPath": "/models/"}]}'
+                for part in ("head", "workers", "router")
+            ),
+        ),
+    ],
+)
+def test_a_model_at_a_path_is_taken_where_something_is_mounted(file, settings):
+    assert render(file, *settings)
+
+
 def test_every_component_takes_the_same_pod_values():
     extra = {
         "labels": {"a": "b"},
@@ -299,8 +353,17 @@ def test_routers_are_scaled_by_what_waits_and_then_have_no_fixed_number():
         spec = named(documents, scaler, "router")["spec"]
         assert spec["scaleTargetRef"]["name"] == f"{FULLNAME}-router"
         assert "barista:num_requests_waiting" in json.dumps(spec)
+        assert "selector" not in json.dumps(spec)
         assert "replicas" not in named(documents, "Deployment", "router")["spec"]
     assert named(render("cpu.yaml", "router.replicas=3"), "Deployment", "router")["spec"]["replicas"] == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels"), [((), {"service": FULLNAME}), (("router.autoscaling.metricLabels.job=x",), {"job": "x"})]
+)
+def test_an_external_metric_is_of_this_releases_routers(settings, labels):
+    (metric,) = named(render("kuberay.yaml", *settings), "HorizontalPodAutoscaler", "router")["spec"]["metrics"]
+    assert metric["external"]["metric"]["selector"] == {"matchLabels": labels}
 
 
 def test_whole_numbers_stay_whole():

@@ -8,6 +8,7 @@ import pytest
 from tests.helm.render import APIS, CHART, refusal, render
 
 FITS_NOT = json.dumps({"held_bytes": 700_000_000_000})
+LARGE = json.dumps({"held_bytes": 1, "file_bytes": 2_500_000_000})
 NO_ENGINE_ROOM = json.dumps({"held_bytes": 2, "expert_bytes": 1, "memory_bytes": 90_000_000_000})
 
 # (values file, settings, what of APIS the cluster lacks, the sentence)
@@ -111,7 +112,33 @@ REFUSALS: list[tuple[str | None, tuple[str, ...], str, str]] = [
         "cache-image.yaml",
         ("--kube-version=1.30.2",),
         "",
-        "modelCache.type is image, but Kubernetes v1.30.2 has no image volumes: set modelCache.type to pvc.",
+        "modelCache.type is image, but Kubernetes v1.30.2 has no image volumes: use Kubernetes 1.35, or 1.31 with the "
+        "feature gate ImageVolume, or set modelCache.type to pvc.",
+    ),
+    (
+        "cpu.yaml",
+        ("model.name=/models/x", 'head.volumeMounts=[{"name": "home", "mountPath": "/models"}]'),
+        "",
+        "model.name is /models/x, but nothing is mounted there in the pods of workers, router: set volumes and "
+        "volumeMounts of each, or model.pull to never if the pods' image holds the model.",
+    ),
+    (
+        "external.yaml",
+        ("router.volumeMounts=[]",),
+        "",
+        "model.name is /models/house-blend, but nothing is mounted there in the pods of router: set volumes",
+    ),
+    (
+        "cpu.yaml",
+        (f"model.inspect={LARGE}",),
+        "",
+        "house-blend has 2.3 GiB of files, but modelCache.size is 2Gi: raise modelCache.size.",
+    ),
+    (
+        "kuberay.yaml",
+        (f"model.inspect={LARGE}", "modelCache.size=1Gi"),
+        "",
+        "Qwen/Qwen3-30B-A3B has 2.3 GiB of files, but modelCache.size is 1Gi: raise modelCache.size.",
     ),
     (
         "cpu.yaml",
@@ -257,6 +284,8 @@ def test_every_sentence_of_the_chart_is_tested():
         ("image.digest=sha256:1", "digest"),
         ("ray.external.dashboardUrl=ray-head:8265", "dashboardUrl"),
         ("workers.memoryPercent=101", "memoryPercent"),
+        ("modelCache.hostPath.type=DirectoryOrCreate", "type"),
+        ("networkPolicy.apiServerPorts=[0]", "apiServerPorts"),
     ],
 )
 def test_a_misspelt_or_impossible_value_is_refused_by_name(setting, said):
@@ -279,3 +308,8 @@ def test_an_inspection_of_the_command_is_taken_whole():
 def test_the_sentences_are_not_said_when_all_is_well():
     assert render("cpu.yaml")
     assert render(None, "workers.replicas=0", "router.replicas=0")
+    for cache in ("pvc.existingClaim=mine", "hostPath.path=/mnt/x"):
+        kind = cache.partition(".")[0]
+        assert render(
+            None, f"model.inspect={LARGE}", "modelCache.size=1Gi", f"modelCache.type={kind}", f"modelCache.{cache}"
+        )

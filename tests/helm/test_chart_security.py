@@ -1,5 +1,6 @@
 """The rendered pods keep to the restricted Pod Security Standard, and hold no right and no token without a use."""
 
+import base64
 import json
 import subprocess
 import tomllib
@@ -31,9 +32,7 @@ def test_every_pod_keeps_to_the_restricted_standard(file):
         spec = template["spec"]
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
         kinds = {kind for volume in spec.get("volumes", []) for kind in volume.keys() - {"name"}}
-        assert kinds - FREE_VOLUMES == ({"hostPath"} if file == "gpu.yaml" and name != "deployer" else set()) - (
-            {"hostPath"} if name == "test" else set()
-        )
+        assert kinds - FREE_VOLUMES == ({"hostPath"} if file == "gpu.yaml" and name in ("head", "worker") else set())
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         for container in containers(template):
@@ -135,6 +134,15 @@ def test_secrets_appear_by_name_only(file):
     values = {value for secret in of_kind(documents, "Secret") for value in secret["data"].values()}
     rest = json.dumps([document for document in documents if document["kind"] != "Secret"])
     assert not [value for value in values if value in rest]
+
+
+def test_a_generated_certificate_lasts_as_long_as_asked_for():
+    pair = named(render("cpu.yaml", "tls.generatedDays=10"), "Secret", "tls")["data"]
+    for name in ("ca.crt", "tls.crt"):
+        certificate = base64.b64decode(pair[name])
+        for days, ends in ((9, 0), (11, 1)):
+            command = ["openssl", "x509", "-noout", "-checkend", str(days * 86400)]
+            assert subprocess.run(command, input=certificate, capture_output=True).returncode == ends
 
 
 def test_the_hub_token_is_given_to_the_pulling_container_alone():

@@ -173,16 +173,20 @@ def test_volcano_waits_for_head_and_workers_together():
         assert template["metadata"]["annotations"]["scheduling.k8s.io/group-name"] == gang["metadata"]["name"]
 
 
-def test_the_route_leads_to_the_router_and_the_gateway_may_pass():
-    documents = render("../examples/gateway-api.yaml")
-    (route,) = of_kind(documents, "HTTPRoute")
-    (rule,) = route["spec"]["rules"]
+@pytest.mark.parametrize("settings", [(), ("router.service.port=80",)])
+def test_the_routes_lead_to_the_router_and_the_gateway_may_pass(settings: tuple[str, ...]):
+    documents = render("../examples/gateway-api.yaml", *settings)
     service = named(documents, "Service", "")
-    assert rule["backendRefs"] == [{"name": FULLNAME, "port": service["spec"]["ports"][0]["port"]}]
+    ports = {port["name"]: port["port"] for port in service["spec"]["ports"]}
+    for kind, port in (("HTTPRoute", "http"), ("GRPCRoute", "grpc")):
+        (route,) = of_kind(documents, kind)
+        (rule,) = route["spec"]["rules"]
+        assert rule["backendRefs"] == [{"name": FULLNAME, "port": ports[port]}]
     router = Peer(pod_templates(documents)["router"]["metadata"]["labels"], NAMESPACE)
     policies = list(of_kind(documents, "NetworkPolicy"))
-    assert allowed(policies, Peer({}, "gateways"), router, 8000)
-    assert not allowed(policies, Peer({}, "elsewhere"), router, 8000)
+    for port in (8000, 50053):
+        assert allowed(policies, Peer({}, "gateways"), router, port)
+        assert not allowed(policies, Peer({}, "elsewhere"), router, port)
 
 
 def test_rdma_devices_and_their_right_are_the_workers_alone():

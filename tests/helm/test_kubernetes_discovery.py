@@ -227,7 +227,7 @@ def test_a_refused_list_is_tried_again_and_names_the_role(api, caplog):
         api.put(a_slice())
         api.deny(lambda request: request.resource == "endpointslices")
         async with discovering() as seen:
-            await until(lambda: "Role" in caplog.text)
+            await until(lambda: "Allow list and watch of endpointslices" in caplog.text)
             assert seen.latest is None
             api.deny(lambda request: False)
             await seen.until("10.0.0.1:50051")

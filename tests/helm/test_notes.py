@@ -14,6 +14,7 @@ from tests.helm import tools
 from tests.helm.render import CHART, FULLNAME, NAMESPACE, RELEASE, Document, containers, of_kind, render
 
 CODE = re.compile(r"^ {5}(\S.*)$", re.MULTILINE)
+FROM_A_CLAIM = ("model.name=Qwen/Qwen3-30B-A3B", "modelCache.type=pvc")
 KEYS = "# of the kitchen\n\nfirst-key\nsecond-key\n"
 
 
@@ -65,7 +66,9 @@ def test_the_key_command_takes_the_first_key(tmp_path: Path):
         ("cpu.yaml", ("workers.replicas=0", "model.inspect=null"), "workers.replicas is 0"),
         ("cpu.yaml", ("workers.replicas=1",), "one worker"),
         ("cpu.yaml", ("router.replicas=0",), "router.replicas is 0"),
-        ("cpu.yaml", ("model.name=Qwen/Qwen3-30B-A3B", "model.inspect=null"), "modelCache.type is emptyDir"),
+        ("cpu.yaml", ("model.name=Qwen/Qwen3-30B-A3B",), "modelCache.type is emptyDir"),
+        ("cpu.yaml", (*FROM_A_CLAIM, "model.inspect=null"), "model.inspect is empty"),
+        ("cpu.yaml", FROM_A_CLAIM, None),
         ("cpu.yaml", ("router.service.type=LoadBalancer",), "no ipBlock"),
         ("cpu.yaml", ("router.ingress.enabled=true",), "no TLS"),
         ("cpu.yaml", ("networkPolicy.enabled=false",), "networkPolicy.enabled is false"),

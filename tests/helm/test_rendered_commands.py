@@ -17,10 +17,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import openai
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from barista.cache import cache_root
+from barista.v1.router_pb2 import Chat, ChatMessage, GenerateRequest
+from barista.v1.router_pb2_grpc import RouterStub
 from tests.distributed.certificates import certificates
 from tests.helm.api_server import ApiServer, Request, Tls
 from tests.helm.pods import Cluster, Network, Pod
@@ -111,7 +116,7 @@ class Release:
 
 
 @pytest.fixture(scope="module")
-def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
+def release(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
     folder = tmp_path_factory.mktemp("pods")
     with Network().up() as network:
         tls = certificates(folder / "tls", f"localhost,IP:{network.address}")
@@ -141,6 +146,8 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Release]:
             running.until(lambda: router.probe("readinessProbe"), "ready")
             yield running
         finally:
+            if request.session.testsfailed:
+                print(running.logs())
             for pod in running.pods.values():
                 pod.kill()
             api.stop()
@@ -186,6 +193,21 @@ def test_every_probe_of_every_pod_succeeds(release: Release, answers: list[str])
     for name, pod in release.pods.items():
         for kind in ("startupProbe", "livenessProbe", "readinessProbe"):
             assert pod.probe(kind), f"{kind} of {name}"
+
+
+def test_the_router_says_the_same_over_grpc_to_who_has_the_key(release: Release, answers: list[str]) -> None:
+    key = release.cluster.secret(f"{FULLNAME}-auth")["api_keys"].decode().strip()
+    chat = Chat(messages=[ChatMessage(role="user", content=PROMPTS[0])])
+    request = GenerateRequest(chat=chat, temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
+    with grpc.insecure_channel(f"{release.router.address}:50053") as channel:
+        router = RouterStub(channel)
+        replies = router.Generate(request, metadata=[("authorization", f"Bearer {key}")], timeout=120)
+        assert "".join(reply.text for reply in replies) == answers[0]
+        with pytest.raises(grpc.RpcError) as refused:
+            list(router.Generate(request, timeout=10))
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        health = HealthStub(channel).Check(HealthCheckRequest(service="barista.v1.Router"), timeout=10)
+        assert health.status == HealthCheckResponse.SERVING
 
 
 def test_the_pods_own_test_gets_an_answer(release: Release) -> None:
@@ -253,6 +275,30 @@ def test_a_workers_pod_that_is_lost_costs_no_stream(release: Release, answers: l
     assert ask_all(release.client(), lose) == answers
     release.make(name, "StatefulSet", f"{FULLNAME}-worker").start()
     release.until(lambda: release.gate(name) == "True", "loaded again")
+
+
+@pytest.mark.long
+def test_an_upgrade_of_the_engines_settings_costs_no_stream(release: Release, answers: list[str]) -> None:
+    name, head = f"{FULLNAME}-deployer", release.pods[f"{FULLNAME}-head-0"]
+    upgraded = next(
+        item
+        for item in render("cpu.yaml", "engine.maxNumSeqs=9", "engine.drainTimeout=2")
+        if (item["kind"], item["metadata"]["name"]) == ("Deployment", name)
+    )
+
+    def engines() -> str:
+        return head.exec(["sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"]).stdout
+
+    assert "--max-num-seqs 9" not in engines()
+
+    def upgrade() -> None:
+        release.pods[name].stop()
+        release.pods[name] = Pod(release.cluster, name, upgraded["spec"]["template"])
+        release.pods[name].start()
+
+    assert ask_all(release.client(), upgrade) == answers
+    release.until(lambda: "router.engine" in engines() and "--max-num-seqs 9" in engines(), "upgraded")
+    assert ask_all(release.client()) == answers
 
 
 def test_nothing_was_asked_of_the_api_server_that_the_roles_do_not_allow(release: Release) -> None:

@@ -1,8 +1,8 @@
 """python fake_server.py TOKEN_DELAY DRAIN_TIMEOUT [LOAD_SECONDS [KEEPER]]: router.server around the fake engine.
 
-Prints its port once it listens and "ready" when the engine is loaded. A line on standard input ends a part of it: the
-engine, or with "http" uvicorn, or with "keeper" the keeper of its pool. KEEPER: "own" for a pool that ends with it,
-"named" for one that does not, or a story of fake_keeper.
+Prints its port once it listens, and "ready" and its address for gRPC when the engine is loaded. A line on standard
+input ends a part of it: the engine, or with "http" uvicorn, or with "keeper" the keeper of its pool. KEEPER: "own" for
+a pool that ends with it, "named" for one that does not, or a story of fake_keeper.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ async def main(delay: str, drain_timeout: str, load_seconds: str = "0", keeper: 
     app = create_app(engine, FakeTokenizer(), FakeTemplate(), ApiSettings())
     sock = listen("127.0.0.1", 0)
     print(sock.getsockname()[1], flush=True)
-    server = Server(app, engine, pool, drain_timeout=float(drain_timeout))
+    server = Server(app, engine, pool, drain_timeout=float(drain_timeout), grpc_port=0)
     engine.endings["http"] = lambda: setattr(server._http, "should_exit", True)
     engine.endings["keeper"] = lambda: pool._process.kill()
-    return await server.run(sock, lambda model: print("ready", flush=True), until_eof=False)
+    return await server.run(sock, lambda model: print(f"ready\n{server.grpc_address}", flush=True), until_eof=False)
 
 
 if __name__ == "__main__":

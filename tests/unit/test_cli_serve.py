@@ -12,10 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import httpx
 import psutil
 import pytest
 from tiny_model import write_tiny_model
+
+from barista.v1.router_pb2 import Chat, ChatMessage, GenerateRequest
+from barista.v1.router_pb2_grpc import RouterStub
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120  # the first start may compile the kernels
@@ -60,11 +64,16 @@ def gone(engine: psutil.Process, seconds: float = 10.0) -> bool:
 
 
 def test_a_ready_server_answers_and_on_sigint_takes_its_engine_with_it(model: Path) -> None:
-    with serving(model) as (process, ready, engine):
+    with serving(model, "--grpc-port", 0) as (process, ready, engine):
         assert ready["model"] == "tiny"
-        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, "seed": 1}
         answer = httpx.post(ready["url"] + "/v1/chat/completions", json=body, trust_env=False, timeout=30)
         assert answer.status_code == 200
+        with grpc.insecure_channel(ready["grpc"]) as channel:
+            chat = Chat(messages=[ChatMessage(role="user", content="hi")])
+            replies = RouterStub(channel).Generate(GenerateRequest(chat=chat, max_tokens=3, seed=1), timeout=30)
+            text = "".join(reply.text for reply in replies)
+        assert text == answer.json()["choices"][0]["message"]["content"]
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=20)
         assert process.returncode == 0

@@ -49,6 +49,7 @@ def test_every_field_can_be_set_from_the_file_and_from_the_environment(tmp_path:
         "max_num_batched_tokens": 70,
         "trace_ratio": 0.5,
         "device": "cpu",
+        "controller": "host:1",
     }
     kind = TYPES[name]
     value = special.get(name, "x" if kind in (str, str | None) or "Path" in str(kind) else 7)
@@ -103,6 +104,8 @@ def test_a_variable_that_is_no_number_names_itself(text: str) -> None:
     [
         {"port": -1},
         {"port": 65536},
+        {"grpc_port": -1},
+        {"grpc_port": 65536},
         {"threads": 0},
         {"drain_timeout": float("nan")},
         {"drain_timeout": -0.1},

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from barista.placement import ExpertKey
-from experts.controller.commands import STALL_SECONDS, Command, Refused, begin_drain, begin_rebalance, begin_scale
+from experts.controller.commands import (
+    STALL_SECONDS,
+    Command,
+    Refused,
+    begin_drain,
+    begin_drain_node,
+    begin_rebalance,
+    begin_scale,
+)
 from experts.controller.lease import LEASE_SECONDS, Lease
 from experts.controller.member import Description, Reach
 from experts.controller.picture import PROOFS_SECONDS
@@ -508,6 +516,21 @@ def test_a_drained_worker_stays_and_holds_nothing() -> None:
     assert world.workers["worker-1"].held == {}
     assert world.replicas() == [2] * 12
     world.finish(begin_drain(world.pool, "worker-1", world.now))
+
+
+def test_the_workers_of_a_node_are_drained_together_and_none_to_another_there() -> None:
+    world = ready(4)
+    for number in range(4):
+        world.pool.located(f"worker-{number}", f"10.0.0.{number}:1", f"node-{number // 2}")
+    world.run()
+    moves = world.pool.moves
+    world.finish(begin_drain_node(world.pool, "node-0", world.now))
+    assert [word(world, f"worker-{number}") for number in range(4)] == ["DRAINED"] * 2 + ["READY"] * 2
+    assert coverage(world) == 1
+    held = 2 * 12 // 2  # of both workers, before
+    assert world.pool.moves - moves <= 2 * held  # each replica is loaded once elsewhere and released once
+    with pytest.raises(Refused, match="No worker is on the node 'node-9'"):
+        begin_drain_node(world.pool, "node-9", world.now)
 
 
 def test_a_drain_is_of_the_place_and_ends_when_the_worker_has_left_it() -> None:

@@ -7,20 +7,25 @@ import dataclasses
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI, Request, Response
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import GetTimeoutError, RayError
 from typer.testing import CliRunner
 
 from barista.config import ServeConfig, load
 from barista.errors import ConfigError
 from barista.trust import TOKEN_VARIABLE
-from experts.cluster.deployment import PATIENCE_SECONDS, next_count
+from experts.cluster import engines as engines_module
+from experts.cluster.deployment import PATIENCE_SECONDS, next_count, unheeded
+from experts.cluster.engines import RayEngines
+from experts.cluster.messages import PoolConfig
 from router.deploy import Action, Deployer, next_action, order_of
 from router.deployment import engine_command, flags, require_deployable
+from router.engine_sources import engine_source
 from router.ray_api import Job, RayApi
 from tests.unit.fake_engine import served
 
@@ -163,7 +168,7 @@ ENVIRON = {"RAY_AUTH_TOKEN": "ray-token"}
 
 
 def deployer(url: str, order: str = ORDER, environ: dict[str, str] = ENVIRON) -> Deployer:
-    return Deployer(RayApi(url, environ), "bar", order, "pool-token")
+    return Deployer(RayApi(url, environ), "bar", order, {TOKEN_VARIABLE: "pool-token"})
 
 
 def test_the_job_is_submitted_once_and_replaced_when_the_order_changes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -223,6 +228,129 @@ def test_a_cluster_that_cannot_be_used_is_told_once_and_looked_at_again(
     assert not dashboard.submitted
 
 
+def test_a_job_may_fail_for_years() -> None:
+    one = Deployer(RayApi("http://127.0.0.1:9", {}), "bar", ORDER, {})
+    one._failures = 2000
+
+    async def body() -> None:
+        with served(Dashboard(ends="FAILED").app) as url:
+            one._api = RayApi(url, ENVIRON)
+            await one.look(0.0)
+            assert one._not_before == 60.0
+
+    asyncio.run(body())
+
+
+def test_a_job_that_runs_long_enough_has_its_failures_forgiven_and_its_lines_said_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dashboard = Dashboard()
+    with served(dashboard.app) as url:
+
+        async def body() -> None:
+            one = deployer(url)
+            for now in (0.0, 1.0, 2.0, 100.0):
+                await one.look(now)
+            assert one.settled
+            assert one._failures == 0
+
+        asyncio.run(body())
+    assert capsys.readouterr().out.count("the reason") == 1
+
+
+@pytest.mark.parametrize("body", ["<html>", "[1, 2]", '{"data": 3}', "null"])
+def test_what_is_no_dashboard_is_told_and_breaks_nothing(body: str) -> None:
+    app = FastAPI()
+
+    @app.get("/{path:path}")
+    def strange(path: str) -> Response:
+        return Response(body, media_type="application/json")
+
+    with served(app) as url:
+        api = RayApi(url, ENVIRON)
+        for call in (api.jobs, api.node_addresses):
+            with pytest.raises(ConfigError, match="is no dashboard of Ray"):
+                asyncio.run(call())
+
+
+def test_a_host_that_cannot_be_found_disturbs_no_other() -> None:
+    async def first() -> frozenset[str]:
+        source = engine_source("127.0.0.1:50051,no-such-host.invalid:50051,a..b:5")
+        return await asyncio.wait_for(anext(source()), 10)
+
+    assert asyncio.run(first()) == {"127.0.0.1:50051"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "host", "host:0", "host:99999", "kubernetes:x", "ray:head:8265", "ray:http://h#0"]
+)
+def test_a_source_that_names_no_engines_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="which names no engines"):
+        engine_source(text, {})
+
+
+class FakeEngines(RayEngines):
+    """Actors as a table: name -> (command, node, ready), or the error that asking gives."""
+
+    def __init__(self, table: dict[str, Any], replicas: int, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__("ns", replicas, [command], loopback=True)
+        self.ended: list[str] = []
+        self.table = table
+        monkeypatch.setattr(engines_module, "engine_names", lambda namespace: sorted(table))
+        monkeypatch.setattr(engines_module, "about", lambda namespace, name: self._about(name))
+        monkeypatch.setattr(engines_module, "end_engine", lambda namespace, name: self._end(name))
+
+    def _about(self, name: str) -> Any:
+        if isinstance(self.table[name], Exception):
+            raise self.table[name]
+        return self.table[name]
+
+    def _end(self, name: str) -> None:
+        self.ended.append(name)
+        del self.table[name]
+
+    def _make(self, name: str) -> None:
+        self.table[name] = (self.command, "node", False)
+
+
+def test_engines_are_replaced_one_at_a_time_and_only_while_the_others_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    table: dict[str, Any] = {f"engine-{number}": (("old",), "node", True) for number in range(3)}
+    engines = FakeEngines(table, 3, "new", monkeypatch)
+    for number in range(3):
+        engines.tend()
+        assert engines.ended == [f"engine-{done}" for done in range(number + 1)]
+        for _ in range(3):  # the new one loads
+            assert engines.tend() == [f"engine-{number} loads"]
+        assert len(engines.ended) == number + 1
+        table[f"engine-{number}"] = (("new",), "node", True)
+    assert engines.tend() == []
+    assert len(engines.ended) == 3
+
+
+def test_engines_that_are_missing_are_made_and_those_too_many_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    table: dict[str, Any] = {f"engine-{number}": (("new",), "node", True) for number in (1, 2)}
+    engines = FakeEngines(table, 2, "new", monkeypatch)
+    engines.tend()
+    assert sorted(table) == ["engine-0", "engine-1"]
+
+
+def test_what_keeps_an_engine_from_serving_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    table: dict[str, Any] = {"engine-0": GetTimeoutError(), "engine-1": RayError("first\nno such command")}
+    told = FakeEngines(table, 2, "new", monkeypatch).tend()
+    assert told == ["engine-0 waits for a node that offers barista_engine", "engine-1 cannot run: no such command"]
+
+
+def test_what_a_pool_keeps_of_the_order_that_made_it_is_told() -> None:
+    made = PoolConfig(
+        pool="bar", workers=2, threads=1, redundancy=2, worker_memory=None, tls_dir=None,
+        model=cast("Any", None), expert_bytes={},
+    )  # fmt: skip
+    assert unheeded(made, dataclasses.replace(made, workers=3, engines=2)) == ""
+    text = unheeded(made, dataclasses.replace(made, redundancy=3))
+    assert "redundancy 2 (ordered: 3)" in text
+    assert "--remove" in text
+
+
 def test_nodes_are_those_that_live() -> None:
     with served(Dashboard().app) as url:
         assert asyncio.run(RayApi(url, ENVIRON).node_addresses()) == ["10.0.0.1", "10.0.0.2"]
@@ -231,8 +359,12 @@ def test_nodes_are_those_that_live() -> None:
 def test_a_token_may_be_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("ray-token\n")
     with served(Dashboard().app) as url:
-        api = RayApi(url, {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")})
-        assert asyncio.run(api.jobs()) == []
+        assert asyncio.run(RayApi(url, {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}).jobs()) == []
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / "token").rename(tmp_path / ".ray" / "auth_token")
+        assert asyncio.run(RayApi(url, {"HOME": str(tmp_path)}).jobs()) == []
+    with pytest.raises(ConfigError, match=r"token.*RAY_AUTH_TOKEN_PATH"):
+        RayApi(url, {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")})
 
 
 def test_removing_stops_the_job_and_runs_another_that_takes_down_what_is_left() -> None:

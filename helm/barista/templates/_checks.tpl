@@ -24,6 +24,9 @@ wrong with one value alone is in values.schema.json.
 {{- if and $inspect.expert_bytes $inspect.memory_bytes -}}
 {{- $trunk = sub (int64 $inspect.memory_bytes) $needed -}}
 {{- end -}}
+{{- $pulls := and (ne $modelKind "path") (ne $model.pull "never") -}}
+{{- $makesCache := or (eq $cache.type "emptyDir") (and (eq $cache.type "pvc") (not $cache.pvc.existingClaim)) -}}
+{{- $unmounted := include "barista.unmounted" . | fromYamlArray -}}
 {{- $headLimit := dig "limits" "memory" "" $values.head.resources -}}
 {{- $checks := list
   (list (and (eq $values.device "cuda") (eq $gpus 0))
@@ -58,7 +61,12 @@ wrong with one value alone is in values.schema.json.
   (list (and (eq $cache.type "image") (not (hasPrefix (printf "%s/" $cache.image.mountPath) (printf "%s/" $model.name))))
     (printf "modelCache.type is image, but model.name is %s: set it to a path in %s, where the image is mounted." $model.name $cache.image.mountPath))
   (list (and (eq $cache.type "image") (semverCompare "<1.31-0" .Capabilities.KubeVersion.Version))
-    (printf "modelCache.type is image, but Kubernetes %s has no image volumes: set modelCache.type to pvc." .Capabilities.KubeVersion.Version))
+    (printf "modelCache.type is image, but Kubernetes %s has no image volumes: use Kubernetes 1.35, or 1.31 with the feature gate ImageVolume, or set modelCache.type to pvc." .Capabilities.KubeVersion.Version))
+  (list $unmounted
+    (printf "model.name is %s, but nothing is mounted there in the pods of %s: set volumes and volumeMounts of each, or model.pull to never if the pods' image holds the model." $model.name (join ", " $unmounted)))
+  (list (and $pulls $makesCache (not $external) (gt (int64 ($inspect.file_bytes | default 0)) (include "barista.bytes" $cache.size | int64)))
+    (printf "%s has %s of files, but modelCache.size is %s: raise modelCache.size."
+      $model.name (include "barista.gibibytes" ($inspect.file_bytes | default 0)) (toString $cache.size)))
   (list (and $room (gt $needed ($room | default 0 | int64)))
     (printf "%s needs %s for its experts, but the workers have room for %s: raise workers.replicas or workers.resources.limits.memory (or workers.memoryBytes), or set model.format to fewer bits and model.inspect to match."
       $model.name (include "barista.gibibytes" $needed) (include "barista.gibibytes" ($room | default 0))))
@@ -98,4 +106,32 @@ wrong with one value alone is in values.schema.json.
 {{- fail (last .) -}}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+
+
+{{- /* The parts of the values whose pods read the model, but have nothing mounted at or above its path: a list. */ -}}
+{{- define "barista.unmounted" -}}
+{{- $values := .Values -}}
+{{- $cache := $values.modelCache -}}
+{{- $missing := list -}}
+{{- if and (eq (include "barista.modelKind" .) "path") (ne $values.model.pull "never") -}}
+{{- $shared := list "/var/cache/barista" -}}
+{{- if eq $cache.type "image" -}}
+{{- $shared = append $shared $cache.image.mountPath -}}
+{{- end -}}
+{{- range $part := eq $values.ray.mode "external" | ternary (list "router") (list "head" "workers" "router") -}}
+{{- $folders := $shared -}}
+{{- range (get $values $part).volumeMounts -}}
+{{- $folders = append $folders (trimSuffix "/" .mountPath) -}}
+{{- end -}}
+{{- $mounted := false -}}
+{{- range $folders -}}
+{{- $mounted = or $mounted (hasPrefix (printf "%s/" .) (printf "%s/" $values.model.name)) -}}
+{{- end -}}
+{{- if not $mounted -}}
+{{- $missing = append $missing $part -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml $missing -}}
 {{- end -}}

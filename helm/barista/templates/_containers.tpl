@@ -115,14 +115,17 @@ securityContext:
 {{- end }}
 {{- end -}}
 
+{{- /* A router that pulls takes the tokenizer alone: it needs no folder of a node, and so no particular node. */ -}}
 {{- define "barista.modelVolumes" -}}
-{{- $cache := .Values.modelCache -}}
+{{- $cache := .root.Values.modelCache -}}
+{{- $ownCopy := and (eq .component "router") (include "barista.pullsModel" .root) -}}
 - name: model-cache
   {{- if eq $cache.type "pvc" }}
   persistentVolumeClaim:
-    claimName: {{ $cache.pvc.existingClaim | default (printf "%s-model" (include "barista.fullname" .)) }}
-  {{- else if eq $cache.type "hostPath" }}
-  hostPath: {{ toJson $cache.hostPath }}
+    claimName: {{ $cache.pvc.existingClaim | default (printf "%s-model" (include "barista.fullname" .root)) }}
+  {{- else if and (eq $cache.type "hostPath") (not $ownCopy) }}
+  # Made by the kubelet, it would belong to root, and user 1000 could not write to it.
+  hostPath: {path: {{ $cache.hostPath.path | quote }}, type: Directory}
   {{- else }}
   emptyDir:
     sizeLimit: {{ $cache.size }}

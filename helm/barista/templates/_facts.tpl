@@ -11,6 +11,7 @@ http://{{ include "barista.fullname" . }}-head:{{ include "barista.port" "dashbo
 {{- define "barista.port" -}}
 {{- get (dict
   "http" 8000
+  "grpc" 50053
   "engine" 50051
   "controller" 50052
   "gcs" 6379

@@ -97,7 +97,7 @@ spec:
       emptyDir: {}
     {{- include "barista.tlsVolume" $root | nindent 4 }}
     {{- if $readsModel }}
-    {{- include "barista.modelVolumes" $root | nindent 4 }}
+    {{- include "barista.modelVolumes" . | nindent 4 }}
     {{- end }}
     {{- if $isRay }}
     {{- include "barista.rayVolumes" $root | nindent 4 }}
