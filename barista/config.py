@@ -175,7 +175,7 @@ class ServeConfig:
 
     def _check_pool(self) -> None:
         if self.controller is not None and CONTROLLER.fullmatch(self.controller) is None:
-            raise ConfigError(f"controller is {self.controller!r}, which is no HOST:PORT.", "Give such as 10.0.0.5:50052.")
+            raise ConfigError(f"controller is {self.controller!r}, which is no HOST:PORT.", "Give one, 10.0.0.5:50052.")
         if self.pool is not None and POOL_NAME.fullmatch(self.pool) is None:
             raise ConfigError(
                 f"pool is {self.pool!r}, which is no name.", "Give up to 63 letters, digits, dashes and underscores."

@@ -142,7 +142,7 @@ def engine_on(namespace: str, node_id: str) -> str | None:
 
 
 def about(namespace: str, name: str) -> About:
-    """As EngineActor.about. Raises RayError when it does not answer (GetTimeoutError: in time), ValueError: it is gone."""
+    """As EngineActor.about. Raises RayError when it does not answer (GetTimeoutError: in time), ValueError: gone."""
     actor: Any = ray.get_actor(name, namespace)
     command, node_id, is_ready = ray.get(actor.about.remote(), timeout=ANSWER_SECONDS)
     return tuple(command), node_id, is_ready

@@ -182,6 +182,7 @@ def _command(pid: int) -> str:
         return ""
 
 
+@pytest.mark.long
 def test_a_killed_worker_and_controller_come_back_and_the_end_of_the_server_is_the_end_of_all(
     model: ExpertModel, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -23,8 +23,6 @@ from experts.controller.runner import Location, Runner
 from experts.controller.service import serve
 from experts.controller.state import Pool, PoolSettings
 
-pytestmark = pytest.mark.alone
-
 TRUST = Trust("a token")
 SIZE = 100
 LAYERS = {0: 4, 2: 4}

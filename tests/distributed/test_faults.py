@@ -164,7 +164,10 @@ def behind_proxy(pool: HurtPool, name: str) -> Iterator[ChaosProxy]:
             del pool.fronts[name]
 
 
-@pytest.mark.parametrize(("transport", "how"), [("shm", "cut"), ("grpc", "cut"), ("grpc", "half_close")])
+@pytest.mark.parametrize(
+    ("transport", "how"),
+    [("shm", "cut"), pytest.param("grpc", "cut", marks=pytest.mark.long), ("grpc", "half_close")],
+)
 def test_a_stream_that_ends_is_opened_again(pool: HurtPool, reference: Reference, transport: str, how: str) -> None:
     def scenario() -> Served:
         with behind_proxy(pool, "worker-0") as proxy, engine_on_pool(pool, transport) as on:
@@ -202,7 +205,8 @@ def test_a_stream_in_which_nothing_moves(pool: HurtPool, reference: Reference) -
 
 
 @pytest.mark.parametrize(
-    ("transport", "fault"), [("shm", "nan"), ("grpc", "nan"), ("shm", "raise"), ("grpc", "not_held")]
+    ("transport", "fault"),
+    [("shm", "nan"), pytest.param("grpc", "nan", marks=pytest.mark.long), ("shm", "raise"), ("grpc", "not_held")],
 )
 def test_a_worker_that_answers_wrongly(pool: HurtPool, reference: Reference, transport: str, fault: str) -> None:
     def scenario() -> Served:
@@ -246,7 +250,9 @@ def test_a_stale_placement_is_put_right_by_the_next(pool: HurtPool, reference: R
         serve(on.engine, script).assert_same_cup(reference)
 
 
-@pytest.mark.parametrize(("transport", "how"), [("shm", "killed"), ("grpc", "stopped")])
+@pytest.mark.parametrize(
+    ("transport", "how"), [("shm", "killed"), pytest.param("grpc", "stopped", marks=pytest.mark.long)]
+)
 def test_survivors_load_what_was_on_a_lost_worker_alone(
     pool: HurtPool, reference: Reference, transport: str, how: str
 ) -> None:

@@ -23,8 +23,6 @@ from router.framing import frame
 from router.messages import EngineConfig, Failed, SamplingParams, Token, encode
 from tests import tiny
 
-pytestmark = pytest.mark.alone
-
 Body = Callable[[EngineProcess], Coroutine[Any, Any, None]]
 ENDLESS = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
 

@@ -15,6 +15,8 @@ from router.models import CARVED_BYTES, prepare_built_in
 from router.tokenizer import Tokenizer
 from tests.engines import answer, engine_on, request
 
+pytestmark = pytest.mark.alone
+
 NUM_PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 12, 64
 TEXT = """The espresso machine was invented in Italy and the first one was shown in Turin in 1884 by Angelo Moriondo.
 In Python, a generator is a function that yields values one at a time, and the interpreter keeps its state between

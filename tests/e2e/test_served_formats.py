@@ -12,6 +12,8 @@ import pytest
 
 from router.models import prepare_built_in
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 QUESTION = {
     "messages": [{"role": "user", "content": "What is the capital of France?"}],

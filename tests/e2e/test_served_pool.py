@@ -198,6 +198,7 @@ def test_a_worker_that_hangs_costs_no_token_and_is_used_again(three_workers: Ser
     survives(WITH_REPLICA, reference, scenario)
 
 
+@pytest.mark.long
 def test_workers_come_and_go_under_streams(three_workers: Server, reference: Reference) -> None:
     def scenario() -> Load:
         with streams(three_workers) as load:
@@ -211,6 +212,7 @@ def test_workers_come_and_go_under_streams(three_workers: Server, reference: Ref
     survives(WITH_REPLICA, reference, scenario, to_first=TO_FIRST_WHILE_A_WORKER_STARTS)
 
 
+@pytest.mark.long
 def test_rebalance_plans_first_and_moves_under_streams(three_workers: Server, reference: Reference) -> None:
     with streams(three_workers) as load:
         load.wait_tokens(500)

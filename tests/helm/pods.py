@@ -27,6 +27,8 @@ import pytest
 Document = dict[str, Any]
 
 PATHS = (str(Path(sys.prefix) / "bin"), "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
+# What stands for the image: the environment and the checkout.
+IMAGE = (sys.prefix, str(Path(__file__).parents[2]))
 TOOLS = ("ip", "unshare", "nsenter", "setpriv", "mount")
 # The root of a pod is this machine's, seen through a layer that takes what is written while the pod is made.
 ROOT = """
@@ -249,6 +251,9 @@ class Pod:
                 yield f"memory none {target}"
             else:
                 yield f"folder {self._volume(volume)} {target}"
+        for folder in IMAGE:  # which a volume may hide: a checkout below /tmp
+            if any(Path(folder).is_relative_to(target) for target in targets):
+                yield f"folder {folder} {folder}"
 
     def _volume(self, volume: Document) -> Path:
         """A folder with the volume's content."""

@@ -151,6 +151,7 @@ def test_the_hub_token_is_given_to_the_pulling_container_alone():
         assert holders == (set() if name in ("deployer", "test") else {"model"})
 
 
+@pytest.mark.long
 def test_checkov_finds_nothing_that_is_not_waived(tmp_path):
     for file in CI_FILES:
         (tmp_path / file).write_text(yaml.safe_dump_all(render(file)))

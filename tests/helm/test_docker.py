@@ -312,6 +312,7 @@ def numerics() -> str:
     return f"kernels-{compiler.source_digest()[:8]}-{compiler.runnable_variants()[0].name}"
 
 
+@pytest.mark.long
 def test_the_installed_tree_serves_without_a_compiler_and_without_writing(tmp_path: Path):
     """The builder's own commands, but for what takes minutes: this environment lends its packages, and a compiler that
     hands out a library compiled before stands in for the real one.

@@ -58,7 +58,7 @@ class Helm:
         self("upgrade", release, CHART, "--values", values, *settings)
 
 
-@pytest.fixture(params=HELMS)
+@pytest.fixture(params=[pytest.param(HELMS[0], marks=pytest.mark.long), HELMS[1]])
 def helm(request, api, tmp_path) -> Helm:
     return Helm(request.param, api, tmp_path)
 

@@ -37,9 +37,10 @@ ROOT = Path(__file__).parents[2]
 START_SECONDS = 240.0  # on a busy machine
 GATE = "barista.dev/experts-loaded"
 TOKEN = "of-a-service-account"
-STREAMS = 4
+ACTOR_LOGS = "/tmp/ray/session_latest/logs/worker-*.err"
+STREAMS = 3
 PROMPTS = tuple(f"Tell me about the number {number} and about coffee." for number in range(STREAMS))
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 40
 
 
 class Release:
@@ -99,8 +100,10 @@ class Release:
         return next((condition["status"] for condition in conditions if condition["type"] == GATE), "")
 
     def logs(self) -> str:
-        """The end of what every pod has written."""
-        return "\n".join(f"----- {name}\n{pod.log()[-1500:]}" for name, pod in self.pods.items())
+        """The end of what every pod, and every actor on the head, has written."""
+        actors = self.pods[f"{FULLNAME}-head-0"].exec(["sh", "-c", f"tail -n 20 {ACTOR_LOGS}"]).stdout
+        pods = "\n".join(f"----- {name}\n{pod.log()[-1500:]}" for name, pod in self.pods.items())
+        return f"{pods}\n{actors}"
 
     def until(self, condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
         deadline = time.monotonic() + seconds

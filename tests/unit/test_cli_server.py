@@ -129,7 +129,12 @@ def test_a_stream_longer_than_the_drain_time_ends_with_an_error_event() -> None:
 
 
 @pytest.mark.parametrize(
-    "signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]]
+    "signals",
+    [
+        [signal.SIGINT],
+        [signal.SIGTERM, signal.SIGTERM],
+        pytest.param([signal.SIGTERM, signal.SIGINT], marks=pytest.mark.long),
+    ],
 )
 def test_sigint_and_a_second_signal_end_open_streams_at_once(signals: list[signal.Signals]) -> None:
     with running(0.2, 30) as server, httpx.Client(base_url=server.url, trust_env=False) as client:

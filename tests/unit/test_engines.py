@@ -111,10 +111,15 @@ def token_ids(events: list[Token | Failed]) -> list[int]:
 
 
 def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    try:
-        asyncio.run(asyncio.wait_for(body(), 30))
-    finally:
-        gc.collect()  # whatever of grpc.aio outlives its event loop disturbs the next one
+    async def settled() -> None:
+        try:
+            await asyncio.wait_for(body(), 30)
+        finally:
+            # What grpc.aio still has to say to this event loop must not reach the next one, where it would be an error.
+            gc.collect()
+            await asyncio.sleep(0.02)
+
+    asyncio.run(settled())
 
 
 async def until(condition: Callable[[], bool]) -> None:
