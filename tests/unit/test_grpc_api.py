@@ -40,14 +40,6 @@ NAMES = ("", "barista.v1.Router")
 Code = grpc.StatusCode
 
 
-@pytest.fixture(autouse=True)
-async def settled() -> AsyncIterator[None]:
-    """What grpc.aio still has to say to this event loop must not reach the next one, where it would be an error."""
-    yield
-    gc.collect()
-    await asyncio.sleep(0.02)
-
-
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
@@ -94,6 +86,9 @@ async def serving(engine: FakeEngine | None = None, **options: Any) -> AsyncIter
             yield Served(app, engine, api, RouterStub(channel), HealthStub(channel))
     finally:
         await api.stop(0)
+        # What grpc.aio still has to say to this event loop must not reach the next one, where it would be an error.
+        gc.collect()
+        await asyncio.sleep(0.02)
 
 
 async def until(condition: Callable[[], bool]) -> None:
