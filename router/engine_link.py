@@ -61,7 +61,7 @@ class EngineLink:
     @property
     def ready(self) -> bool:
         """True while it is attached and takes new requests."""
-        return self.wanted and self._session is not None and self._serving
+        return self._session is not None and self._serving
 
     async def submit(
         self,

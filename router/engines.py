@@ -169,13 +169,16 @@ class Engines:
                 self._links[address] = link, asyncio.create_task(link.run(self._changed))
             for link in self._all():
                 link.wanted = link.address in addresses
-            self._drop_unwanted()
             self._changed()
 
     def _drop_unwanted(self) -> None:
-        """Engines that the source no longer names, as soon as their requests are done: one that drains may be such."""
+        """Engines that the source no longer names, once their requests are done: one that drains may be such.
+
+        One that still serves is kept until another one does: a source may be wrong for a moment, its health is not.
+        """
+        replaced = any(link.wanted and link.ready for link in self._all())
         for link in self._all():
-            if not link.wanted and not link.num_open:
+            if not link.wanted and not link.num_open and (replaced or not link.ready):
                 self._links.pop(link.address)[1].cancel()
 
     def _troubles(self) -> str:
@@ -190,6 +193,7 @@ class Engines:
             self.died.set()
 
     def _changed(self) -> None:
+        self._drop_unwanted()
         self._change.set()
         self._change = asyncio.Event()
 
@@ -231,6 +235,8 @@ class _Count:
 def least_busy(links: Iterable[EngineLink], numerics: str) -> EngineLink | None:
     """Of the ready ones the one with the fewest open requests of this API; the first address among equals.
 
+    One that the source no longer names comes last.
+
     numerics: numerics_id that it must have; empty for any.
     """
     fitting = [
@@ -238,4 +244,4 @@ def least_busy(links: Iterable[EngineLink], numerics: str) -> EngineLink | None:
         for link in links
         if link.ready and link.greeting is not None and numerics in ("", link.greeting.model.numerics_id)
     ]
-    return min(fitting, key=lambda link: (link.num_open, link.address), default=None)
+    return min(fitting, key=lambda link: (not link.wanted, link.num_open, link.address), default=None)

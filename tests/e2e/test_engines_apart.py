@@ -154,6 +154,7 @@ def test_answers_wait_for_the_only_engine_to_be_started_again(apart: Apart, answ
     assert apart.ask_all(threading.Thread(target=replace)) == answers
 
 
+@pytest.mark.long
 def test_an_engine_that_hangs_is_told_by_ready_and_not_by_live(apart: Apart) -> None:
     children = subprocess.run(
         ["pgrep", "-P", str(apart.engines[0].pid)], capture_output=True, text=True, check=True

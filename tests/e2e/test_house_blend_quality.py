@@ -47,7 +47,7 @@ which began in 2007 and could double the Canal's capacity, is expected to be com
 # Code that is not in it either.
 CODE = inspect.getsource(textwrap.TextWrapper._split_chunks) + inspect.getsource(textwrap.TextWrapper._wrap_chunks)
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

@@ -179,8 +179,10 @@ def ask_all(client: openai.OpenAI, meanwhile: Callable[[], object] = lambda: Non
         answers: list[Future[str]] = [
             executor.submit(ask, client, prompt, event.set) for prompt, event in zip(PROMPTS, begun, strict=True)
         ]
-        for event in begun:
-            assert event.wait(60)
+        for event, answer in zip(begun, answers, strict=True):
+            while not event.wait(0.2):
+                if answer.done():
+                    answer.result()  # raises
         meanwhile()
         return [answer.result() for answer in answers]
 

@@ -289,11 +289,27 @@ def test_an_engine_that_drains_keeps_its_requests_when_its_address_is_no_longer_
                 answer = asyncio.create_task(collect(engines))
                 await until(lambda: bool(one.engine.submitted))
                 source.set(two.address)
-                await until(lambda: [link.address for link in ready(engines)] == [two.address])
+                await until(lambda: two.address in [link.address for link in ready(engines)])
+                assert token_ids(await collect(engines, "new")) == alone()
+                assert len(two.engine.submitted) == 1
                 gate.set()
                 assert token_ids(await answer) == alone()
-                assert not two.engine.submitted
+                assert len(one.engine.submitted) == len(two.engine.submitted) == 1
                 assert [link.address for link in engines._all()] == [two.address]
+
+    run(body)
+
+
+def test_a_source_that_is_empty_for_a_moment_takes_no_engine_away() -> None:
+    async def body() -> None:
+        async with running() as one:
+            source = Addresses(one.address)
+            async with engines_at(source) as engines:
+                source.set()
+                await asyncio.sleep(0.1)
+                assert token_ids(await collect(engines)) == alone()
+                await one.kill()
+                await until(lambda: not engines._all())  # now it is gone, and nobody names it
 
     run(body)
 
