@@ -70,7 +70,7 @@ endif
 
 # The chart's Grafana dashboard, from the metrics that there are.
 dashboard: $(VENV)/.installed
-	$(BIN)/python -m router.dashboard > $@.new && mv $@.new helm/barista/dashboards/barista.json
+	$(BIN)/python -m router.dashboard >$(VENV)/dashboard.json && mv $(VENV)/dashboard.json helm/barista/dashboards/barista.json
 
 bench: setup $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.generate "$$($(BIN)/python -c 'from router.models import resolve; print(resolve("house-blend"))')" $(ARGS)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, get_args, get_type_hints
 
+from barista.addresses import is_host_port
 from barista.errors import ConfigError
 from barista.machine import usable_cores
 from barista.tracing import TRACE_RATIO
@@ -41,7 +42,6 @@ OF_THE_ENGINE = (
     "device",
 )
 FORMATS = ("auto", "float32", "bf16", "fp8", "int8", "int4", "mxfp4")
-CONTROLLER = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 KINDS = {int: "an integer", float: "a number", str: "a string", Path: "a path"}
 
 
@@ -174,7 +174,7 @@ class ServeConfig:
                 )
 
     def _check_pool(self) -> None:
-        if self.controller is not None and CONTROLLER.fullmatch(self.controller) is None:
+        if self.controller is not None and not is_host_port(self.controller):
             raise ConfigError(f"controller is {self.controller!r}, which is no HOST:PORT.", "Give one, 10.0.0.5:50052.")
         if self.pool is not None and POOL_NAME.fullmatch(self.pool) is None:
             raise ConfigError(

@@ -29,7 +29,7 @@ from benchmarks.bandwidth import read_bandwidth
 from experts.checkpoint import open_checkpoint
 from router.engine_process import EngineProcess
 from router.inspect import inspect_checkpoint
-from router.messages import EngineConfig, Failed, SamplingParams
+from router.messages import EngineConfig, Failed, SamplingParams, Submit
 from router.models import BUILT_IN, prepare_built_in, resolve
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -104,7 +104,8 @@ async def generate_ours(engine: EngineProcess, prompts: list[list[int]], tokens:
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
 
     async def one(index: int) -> None:
-        async for event in engine.submit(f"{time.monotonic_ns()}-{index}", tuple(prompts[index]), sampling):
+        submit = Submit(f"{time.monotonic_ns()}-{index}", tuple(prompts[index]), sampling)
+        async for event in engine.submit(submit):
             assert not isinstance(event, Failed), event
 
     started = time.perf_counter()

@@ -44,7 +44,7 @@ from barista.machine import usable_cores
 from barista.v1 import controller_pb2 as pb
 from benchmarks.wire import measure_wires
 from router.engine_process import EngineProcess
-from router.messages import EngineConfig, Failed, PoolAddress, SamplingParams
+from router.messages import EngineConfig, Failed, PoolAddress, SamplingParams, Submit
 from router.models import BUILT_IN, prepare_built_in, resolve
 from router.pool_order import pool_process
 from router.pool_process import PoolProcess
@@ -182,7 +182,8 @@ async def generate(
 
     async def one(index: int) -> None:
         last: float | None = None
-        async for event in engine.submit(f"{time.monotonic_ns()}-{index}", tuple(prompts[index]), sampling):
+        submit = Submit(f"{time.monotonic_ns()}-{index}", tuple(prompts[index]), sampling)
+        async for event in engine.submit(submit):
             if isinstance(event, Failed):
                 raise BaristaError(f"A request failed: {event.message}")
             now = time.perf_counter()

@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from barista.addresses import join
 from barista.cache import size
 from router.messages import ModelInfo
 
@@ -15,8 +16,7 @@ ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
 
 def reachable(host: str, port: int) -> str:
     """host:port of a server as seen from this machine."""
-    host = ANYWHERE.get(host, host)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return join(ANYWHERE.get(host, host), port)
 
 
 def base_url(host: str, port: int) -> str:

@@ -45,14 +45,7 @@ def assemble_api(config: ServeConfig, path: Path, keys: Keys, url: str) -> tuple
     tokenizer = Tokenizer.from_checkpoint(path)
     chat_template = chat_template_of(tokenizer)
     engines = Engines(source, Trust(token, config.tls_dir), token, tokenizer.digest)
-    app = create_app(
-        engines,
-        tokenizer,
-        chat_template,
-        api_settings(config, keys),
-        PoolClient(engines.pool_address),
-        owns_engine=False,
-    )
+    app = create_app(engines, tokenizer, chat_template, api_settings(config, keys), PoolClient(engines.pool_address))
     announcement = Announcement(
         url=url,
         model_id=model_id(config),

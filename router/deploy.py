@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import shlex
-import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from barista.errors import ConfigError
 from barista.trust import TOKEN_VARIABLE, deployment_token
 from router.deployment import flags, require_deployable
 from router.ending import Ending
+from router.log import log_to_stderr
 from router.ray_api import Job, RayApi
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class DeployOptions:
 
 def deploy(config: ServeConfig, options: DeployOptions, *, remove: bool = False) -> int:
     """Keep the deployment until a signal; returns the exit status. remove: take it down instead. Raises ConfigError."""
-    logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr(config.log_level)
     api = RayApi(options.ray, os.environ)
     if remove:
         if config.pool is None:

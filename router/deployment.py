@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from barista.trust import deployment_token
 from router.assemble import format_choice
 from router.ending import Ending
 from router.launch import prepared
+from router.log import log_to_stderr
 from router.pool_order import pool_order
 from router.pool_process import PoolProcess
 
@@ -39,7 +39,7 @@ NOT_OF_AN_ENGINE = (
 
 def keep(config: ServeConfig, engines: int, engine_port: int) -> int:
     """Keep them until a signal; they outlive it. Returns the exit status. Raises BaristaError."""
-    logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr(config.log_level)
     deployment_token(os.environ)
     require_deployable(config, engines)
     path = prepared(config.model)

@@ -1,4 +1,4 @@
-"""What ends a process that serves: SIGINT, and a second signal, at once; SIGTERM by way of a drain."""
+"""What ends a process that serves, and waiting for it: SIGINT and a second signal at once, SIGTERM after a drain."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 
 class Ending:
@@ -30,3 +32,19 @@ class Ending:
         if not os.read(sys.stdin.fileno(), 1):
             asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
             self.now.set()
+
+
+async def first(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any], timeout: float | None = None) -> None:
+    """Wait until one of them is done, or for `timeout` seconds.
+
+    Tasks go on; coroutines are cancelled, and what one of them has raised is raised here.
+    """
+    own = [asyncio.create_task(item) for item in awaitables if not isinstance(item, asyncio.Task)]
+    given = [item for item in awaitables if isinstance(item, asyncio.Task)]
+    try:
+        done, _ = await asyncio.wait([*own, *given], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in own:
+            task.cancel()
+    for task in done.intersection(own):
+        task.result()

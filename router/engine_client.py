@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
-from router.messages import Failed, ModelInfo, PoolAddress, SamplingParams, Stats, Token
+from router.messages import Failed, ModelInfo, PoolAddress, Stats, Submit, Token
 
 
 class EngineClient(Protocol):
@@ -22,17 +22,8 @@ class EngineClient(Protocol):
         """The loaded model. Raises EngineFailed before `ready`."""
         ...
 
-    def submit(
-        self,
-        request_id: str,
-        prompt_token_ids: tuple[int, ...],
-        sampling: SamplingParams,
-        salt: bytes = b"",
-        drawn_token_ids: tuple[int, ...] = (),
-    ) -> AsyncIterator[Token | Failed]:
+    def submit(self, request: Submit) -> AsyncIterator[Token | Failed]:
         """Start one sequence. The iterator ends after a Token with a finish_reason or after a Failed.
-
-        drawn_token_ids: its first tokens, if another engine has drawn them already; they are not reported again.
 
         Closing the iterator early (aclose, or a cancelled task) aborts the request.
         A dead engine ends every open iterator with Failed(code="engine_dead").
@@ -41,6 +32,10 @@ class EngineClient(Protocol):
 
     async def stats(self) -> Stats:
         """A fresh Stats. Raises EngineFailed if the engine is dead."""
+        ...
+
+    async def makes_progress(self) -> bool:
+        """False once it has said nothing for minutes although it was asked: starting it anew would help."""
         ...
 
 

@@ -11,8 +11,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,23 +18,23 @@ from pathlib import Path
 import typer
 
 from barista import __version__
+from barista.addresses import join
 from barista.config import ServeConfig
-from barista.errors import BaristaError, ConfigError, EngineFailed
+from barista.errors import BaristaError, ConfigError
 from barista.trust import Trust, deployment_token
 from router.assemble import engine_config, format_choice
 from router.console import progress
-from router.ending import Ending
+from router.ending import Ending, first
 from router.engine_process import EngineChild, EngineProcess
 from router.engine_service import EngineService
 from router.launch import prepared
+from router.log import log_to_stderr
 from router.loopback import is_loopback
 from router.messages import Greeting, PoolAddress
 from router.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# The controller, the workers and the disk have their say within a step, but not for so long.
-PROGRESS_SECONDS = 300.0
 LOOK_SECONDS = 5.0
 
 
@@ -45,7 +43,7 @@ def serve_engine(config: ServeConfig, *, until_eof: bool = False) -> int:
 
     Raises BaristaError.
     """
-    logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr(config.log_level)
     trust = engine_trust(config)
     path = prepared(config.model)
     with contextlib.closing(EngineChild()) as child:
@@ -53,7 +51,7 @@ def serve_engine(config: ServeConfig, *, until_eof: bool = False) -> int:
         config = replace(config, format=format_choice(config, path).format)
         engine = EngineProcess(engine_config(config, path, tokenizer.eos_token_ids), child)
         host = EngineHost(engine, tokenizer.digest, _pool(config), drain_timeout=config.drain_timeout)
-        address = f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
+        address = join(config.host, config.port)
         return asyncio.run(host.run(trust, address, lambda: _announce(config, path), until_eof=until_eof))
 
 
@@ -90,10 +88,10 @@ class EngineHost:
             if await self._load(now, drain):
                 await service.set_serving()
                 on_ready()
-                await _first(now.wait(), drain.wait(), self._lost())
+                await first(now.wait(), drain.wait(), self._lost())
                 if drain.is_set():
                     log.info("Draining: open requests have %g s to finish.", self._drain_timeout)
-                    await _first(service.drain(self._drain_timeout), now.wait(), self._lost())
+                    await first(service.drain(self._drain_timeout), now.wait(), self._lost())
         finally:
             await server.stop(0.5)
             await self._engine.close()
@@ -103,7 +101,7 @@ class EngineHost:
         """False if a signal came first."""
         with progress("Loading") as on_progress:
             loading = asyncio.create_task(self._engine.start(on_progress, self._pool))
-            await _first(_done(loading), now.wait(), drain.wait())
+            await first(loading, now.wait(), drain.wait())
             if loading.done():
                 loading.result()
                 return True
@@ -117,13 +115,11 @@ class EngineHost:
 
     async def _lost(self) -> None:
         """Raises BaristaError when the engine has died or hangs."""
-        while time.monotonic() - self._engine.last_event < PROGRESS_SECONDS:
+        while await self._engine.makes_progress():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._engine.died.wait(), LOOK_SECONDS)
                 raise BaristaError("The engine died; the lines above may say why.", "Start it again.")
-            with contextlib.suppress(EngineFailed):
-                await self._engine.stats()  # whose answer, however late, is an event
-        raise BaristaError(f"The engine has made no progress for {PROGRESS_SECONDS:g} s.", "Start it again.")
+        raise BaristaError("The engine has made no progress for minutes.", "Start it again.")
 
 
 def _pool(config: ServeConfig) -> PoolAddress | None:
@@ -142,21 +138,3 @@ def _pool(config: ServeConfig) -> PoolAddress | None:
 
 def _announce(config: ServeConfig, path: Path) -> None:
     typer.echo(f"Ready: engine of {path} at {config.host}:{config.port}")
-
-
-async def _done(task: asyncio.Task[None]) -> None:
-    await asyncio.wait((task,))
-
-
-async def _first(*awaitables: object) -> None:
-    """Wait until one of these is done, cancel the others, and raise what one has raised."""
-    tasks = [asyncio.ensure_future(item) for item in awaitables]  # type: ignore[call-overload]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            if task.done():
-                task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import grpc
 import msgspec
@@ -13,27 +13,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from barista import __version__
 from barista.errors import EngineFailed
-from barista.trust import MAX_MESSAGE_BYTES, Trust
+from barista.trust import Trust
 from barista.v1 import engine_pb2 as pb
 from barista.v1.engine_pb2_grpc import EngineStub
 from router.engine_service import SERVICE
-from router.engine_session import ENGINE_DEAD, EngineSession, dead
-from router.messages import (
-    Command,
-    Event,
-    Failed,
-    Greeting,
-    SamplingParams,
-    Stats,
-    Token,
-    decode_event,
-    encode,
-)
+from router.engine_session import ENGINE_DEAD, EngineSession
+from router.messages import Command, Event, Greeting, Stats, decode_event, encode
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
-MAX_TOKENS = (MAX_MESSAGE_BYTES - (1 << 16)) // 5  # in one message, at five bytes each and room for all else
 # What an address answers that has no engine, not yet, or none for us; anything else is worth a line.
 SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.CANCELLED)
 
@@ -49,55 +38,38 @@ class EngineLink:
         self.address = address
         self.greeting: Greeting | None = None
         self.trouble = ""  # why it could not be reached the last time
-        self.num_open = 0
+        self.session: EngineSession | None = None  # while it is attached
         self.wanted = True  # the source names it
         self.last_stats: Stats | None = None
         self._trust = trust
         self._tokenizer = tokenizer
-        self._session: EngineSession | None = None
         self._serving = False
         self._warned: set[str] = set()
 
     @property
     def ready(self) -> bool:
         """True while it is attached and takes new requests."""
-        return self._session is not None and self._serving
+        return self.session is not None and self._serving
 
-    async def submit(
-        self,
-        request_id: str,
-        prompt_token_ids: tuple[int, ...],
-        sampling: SamplingParams,
-        salt: bytes = b"",
-        drawn_token_ids: tuple[int, ...] = (),
-    ) -> AsyncIterator[Token | Failed]:
-        """As EngineClient.submit."""
-        session = self._session
-        if session is None:
-            yield dead(request_id)
-            return
-        if len(prompt_token_ids) + len(drawn_token_ids) > MAX_TOKENS:
-            yield Failed(request_id, "context_length_exceeded", f"More than {MAX_TOKENS:,} tokens fit no message.")
-            return
-        events = session.submit(request_id, prompt_token_ids, sampling, salt, drawn_token_ids)
-        self.num_open += 1
-        try:
-            async with contextlib.aclosing(events) as iterator:  # type: ignore[type-var]  # it is a generator
-                async for event in iterator:
-                    yield event
-        finally:
-            self.num_open -= 1
+    @property
+    def num_open(self) -> int:
+        """Requests of this API that it works on."""
+        return 0 if self.session is None else self.session.num_open
 
     async def stats(self) -> Stats:
         """As EngineClient.stats."""
-        if self._session is None:
+        if self.session is None:
             raise EngineFailed("The engine is not attached.", status=503, code=ENGINE_DEAD)
-        self.last_stats = await self._session.stats()
+        self.last_stats = await self.session.stats()
         return self.last_stats
 
-    def avoid(self) -> None:
-        """It has just failed a request: nothing more for it until its health has changed."""
-        self._serving = False
+    def avoid(self, session: EngineSession) -> None:
+        """This session has let go of a request: nothing more for it until the engine's health has changed.
+
+        It may have been replaced since, for whoever reads an answer slowly.
+        """
+        if self.session is session:
+            self._serving = False
 
     async def run(self, changed: Callable[[], None]) -> None:
         """Connect, attach, and connect again, until cancelled. changed: called when `ready` may have changed."""
@@ -121,9 +93,8 @@ class EngineLink:
                 finally:
                     self._serving = False
                     changed()
-            if (
-                this.cancelling()
-            ):  # a task group forgets it when a task fails meanwhile (CPython 3.11), as a stream does
+            # A task group forgets a cancellation when a task of it fails meanwhile (CPython 3.11), as a stream does.
+            if this.cancelling():
                 return
             await asyncio.sleep(RETRY_SECONDS)
 
@@ -159,13 +130,13 @@ class EngineLink:
                 event = _decoded(frame.payload)
                 if isinstance(event, Greeting):
                     self._check(event)
-                    self.greeting, self._session = event, session
+                    self.greeting, self.session = event, session
                     changed()
                 else:
                     session.take(event)
             raise _Ended
         finally:
-            self._session = None
+            self.session = None
             session.end()
             writer.cancel()
             stream.cancel()

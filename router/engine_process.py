@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 
 import msgspec
@@ -22,14 +24,16 @@ from router.messages import (
     ModelInfo,
     PoolAddress,
     Ready,
-    SamplingParams,
     Stats,
+    Submit,
     Token,
     decode_event,
     encode,
 )
 
 CLOSE_SECONDS = 5.0
+# Of silence. The controller, the workers and the disk have their say within a step, but not for so long.
+PROGRESS_SECONDS = 300.0
 
 
 class EngineChild:
@@ -102,11 +106,6 @@ class EngineProcess:
         return self._process.pid
 
     @property
-    def last_event(self) -> float:
-        """When the engine has last said anything, in the clock of time.monotonic."""
-        return self._session.last_event
-
-    @property
     def ready(self) -> bool:
         """True while the engine serves."""
         return self._model is not None and not self.died.is_set()
@@ -118,24 +117,25 @@ class EngineProcess:
             raise EngineFailed("The model is still loading.", status=503, code="loading", retry_after=1)
         return self._model
 
-    def submit(
-        self,
-        request_id: str,
-        prompt_token_ids: tuple[int, ...],
-        sampling: SamplingParams,
-        salt: bytes = b"",
-        drawn_token_ids: tuple[int, ...] = (),
-    ) -> AsyncIterator[Token | Failed]:
+    def submit(self, request: Submit) -> AsyncIterator[Token | Failed]:
         """As EngineClient.submit."""
         if not self.ready:
-            return _refused(request_id)
-        return self._session.submit(request_id, prompt_token_ids, sampling, salt, drawn_token_ids)
+            return _refused(request.request_id)
+        return self._session.submit(request)
 
     async def stats(self) -> Stats:
         """As EngineClient.stats."""
         if not self.ready:
             raise EngineFailed("The engine is not running.", status=503, code=ENGINE_DEAD)
         return await self._session.stats()
+
+    async def makes_progress(self) -> bool:
+        """As EngineClient.makes_progress: a step may take long, but not PROGRESS_SECONDS."""
+        if not self.ready:
+            return True
+        with contextlib.suppress(EngineFailed):
+            await self.stats()  # whose answer, however late, is an event
+        return time.monotonic() - self._session.last_event < PROGRESS_SECONDS
 
     async def close(self) -> None:
         """End the engine; kill it if it does not go by itself. Every open request gets its Failed event."""

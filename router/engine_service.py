@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, cast
@@ -31,6 +32,8 @@ from router.messages import (
     decode_command,
     encode,
 )
+
+log = logging.getLogger(__name__)
 
 SERVICE = "barista.v1.Engine"
 ENGINE_DRAINING = "engine_draining"
@@ -112,6 +115,8 @@ class _Attachment:
         try:
             async for frame in requests:
                 self._apply(decode_command(frame.payload))
+        except msgspec.MsgspecError:
+            log.exception("An API has said what this engine does not understand.")
         finally:
             self._ended = True
             self._news.set()
@@ -171,9 +176,7 @@ class _Attachment:
 
     async def _run(self, submit: Submit) -> None:
         request_id = submit.request_id
-        events = self._engine.submit(
-            self._prefix + request_id, submit.prompt_token_ids, submit.sampling, submit.salt, submit.drawn_token_ids
-        )
+        events = self._engine.submit(msgspec.structs.replace(submit, request_id=self._prefix + request_id))
         async with aclosing(cast("AsyncGenerator[Token | Failed]", events)) as iterator:
             async for event in iterator:
                 self._say(msgspec.structs.replace(event, request_id=request_id))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from barista.errors import EngineFailed
-from router.messages import Abort, Command, Event, Failed, GetStats, SamplingParams, Stats, StepEvents, Submit, Token
+from router.messages import Abort, Command, Event, Failed, GetStats, Stats, StepEvents, Submit, Token
 
 STATS_SECONDS = 2.0
 ENGINE_DEAD = "engine_dead"
@@ -26,21 +26,19 @@ class EngineSession:
         self.ended = asyncio.Event()
         self.last_event = time.monotonic()
 
-    async def submit(
-        self,
-        request_id: str,
-        prompt_token_ids: tuple[int, ...],
-        sampling: SamplingParams,
-        salt: bytes = b"",
-        drawn_token_ids: tuple[int, ...] = (),
-    ) -> AsyncIterator[Token | Failed]:
+    @property
+    def num_open(self) -> int:
+        """Requests that are not answered yet."""
+        return len(self._open)
+
+    async def submit(self, request: Submit) -> AsyncGenerator[Token | Failed]:
         """As EngineClient.submit."""
         if self.ended.is_set():
-            yield dead(request_id)
+            yield dead(request.request_id)
             return
         events: asyncio.Queue[Token | Failed] = asyncio.Queue()
-        self._open[request_id] = events
-        self._send(Submit(request_id, prompt_token_ids, sampling, salt, drawn_token_ids))
+        self._open[request.request_id] = events
+        self._send(request)
         finished = False
         try:
             while not finished:
@@ -48,9 +46,9 @@ class EngineSession:
                 finished = isinstance(event, Failed) or event.finish_reason is not None
                 yield event
         finally:
-            del self._open[request_id]
+            del self._open[request.request_id]
             if not finished and not self.ended.is_set():
-                self._send(Abort((request_id,)))
+                self._send(Abort((request.request_id,)))
 
     async def stats(self) -> Stats:
         """As EngineClient.stats."""

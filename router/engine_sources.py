@@ -13,6 +13,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 
+from barista.addresses import is_host_port, is_port, join
 from barista.errors import ConfigError
 from router.engine_port import ENGINE_PORT
 from router.engines import Source
@@ -22,7 +23,6 @@ log = logging.getLogger(__name__)
 
 
 LOOK_SECONDS = 5.0
-_HOST = re.compile(r"(?:\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 _SERVICE = re.compile(r"[a-z0-9-]+/[a-z0-9-]+")
 
 
@@ -34,20 +34,16 @@ def engine_source(text: str, environ: Mapping[str, str] = os.environ) -> Source:
         return partial(_endpoints, namespace, service)
     if kind == "ray" and rest.startswith(("http://", "https://")):
         url, _, port = rest.partition("#")
-        if not port or _is_port(port):
+        if not port or is_port(port):
             return partial(_nodes, RayApi(url, environ), int(port or ENGINE_PORT))
     hosts = text.split(",")
-    if all(_HOST.fullmatch(host) and _is_port(host.rpartition(":")[2]) for host in hosts):
+    if all(map(is_host_port, hosts)):
         return partial(_resolved, hosts)
     raise ConfigError(
         f"engines is {text!r}, which names no engines.",
         "Give HOST:PORT, several of them with commas between, kubernetes:NAMESPACE/SERVICE, or ray:URL with the URL of "
         "a Ray cluster's dashboard (and #PORT, if its engines have another one than 50051).",
     )
-
-
-def _is_port(text: str) -> bool:
-    return text.isdecimal() and 0 < int(text) < 65536
 
 
 def _endpoints(namespace: str, service: str) -> AsyncIterator[frozenset[str]]:
@@ -64,7 +60,7 @@ async def _resolved(hosts: list[str]) -> AsyncIterator[frozenset[str]]:
 
 async def _nodes(api: RayApi, port: int) -> AsyncIterator[frozenset[str]]:
     async def look() -> frozenset[str]:
-        return frozenset(_join(ip, port) for ip in await api.node_addresses())
+        return frozenset(join(ip, port) for ip in await api.node_addresses())
 
     async for addresses in _changes(look):
         yield addresses
@@ -116,8 +112,4 @@ async def _resolve(entry: str) -> frozenset[str]:
     host, _, port = entry.rpartition(":")
     loop = asyncio.get_running_loop()
     infos = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    return frozenset(_join(str(info[4][0]), int(port)) for info in infos)
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return frozenset(join(str(info[4][0]), int(port)) for info in infos)

@@ -16,12 +16,12 @@ from collections.abc import AsyncIterator, Callable, Iterable
 import msgspec
 
 from barista.errors import EngineFailed, InvalidRequest
-from barista.trust import Trust
+from barista.trust import MAX_MESSAGE_BYTES, Trust
 from router.engine_link import EngineLink
 from router.engine_service import ENGINE_DRAINING
 from router.engine_session import ENGINE_DEAD, dead
 from router.merged_stats import merged
-from router.messages import Failed, ModelInfo, PoolAddress, SamplingParams, Stats, Token
+from router.messages import Failed, ModelInfo, PoolAddress, Stats, Submit, Token
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ Source = Callable[[], AsyncIterator[frozenset[str]]]
 
 RESUME_SECONDS = 120.0  # how long a request waits for an engine; one that is started anew loads its model meanwhile
 PATIENCE_SECONDS = 5.0  # until a line says what is waited for; the next one comes after twice as long
+MAX_TOKENS = (MAX_MESSAGE_BYTES - (1 << 16)) // 10  # of a prompt, at five bytes each; as much again may be drawn
 MAX_ENGINES_LOST = 3  # by one request, which may be the reason
 
 
@@ -50,8 +51,7 @@ class Engines:
         self._links: dict[str, tuple[EngineLink, asyncio.Task[None]]] = {}
         self._watch: asyncio.Task[None] | None = None
         self._change = asyncio.Event()  # the next one; each is set once
-        self._num_waiting = 0
-        self._num_running = 0
+        self._open: dict[object, bool] = {}  # each request, and whether it has a token
         self._closed = False
         self.died = asyncio.Event()  # the end of the source; engines that are lost may come back
 
@@ -98,46 +98,51 @@ class Engines:
             controller=link.greeting.controller, token=self._token, tls_dir=None if tls_dir is None else str(tls_dir)
         )
 
-    async def submit(
-        self,
-        request_id: str,
-        prompt_token_ids: tuple[int, ...],
-        sampling: SamplingParams,
-        salt: bytes = b"",
-        drawn_token_ids: tuple[int, ...] = (),
-    ) -> AsyncIterator[Token | Failed]:
+    async def submit(self, request: Submit) -> AsyncIterator[Token | Failed]:
         """As EngineClient.submit; goes on with another engine, of the same numerics, when one is lost."""
-        drawn = list(drawn_token_ids)
+        if len(request.prompt_token_ids) > MAX_TOKENS:
+            yield Failed(request.request_id, "context_length_exceeded", f"{MAX_TOKENS:,} tokens are all that fits.")
+            return
         numerics, lost = "", 0
-        with _Count(self) as count, contextlib.ExitStack() as stack:
-            stack.callback(self._drop_unwanted)
-            while lost < MAX_ENGINES_LOST:
-                link = await self._choose(numerics)
-                if link is None or link.greeting is None:
-                    break
-                numerics = link.greeting.model.numerics_id
-                events = link.submit(request_id, prompt_token_ids, sampling, salt, tuple(drawn))
-                async with contextlib.aclosing(events) as iterator:  # type: ignore[type-var]  # it is a generator
-                    async for event in iterator:
+        this = object()
+        self._open[this] = False
+        try:
+            while lost < MAX_ENGINES_LOST and (link := await self._choose(numerics)) is not None:
+                session, greeting = link.session, link.greeting
+                assert session is not None
+                assert greeting is not None
+                numerics = greeting.model.numerics_id
+                drawn: list[int] = []
+                async with contextlib.aclosing(session.submit(request)) as events:
+                    async for event in events:
                         if isinstance(event, Failed):
                             if event.code not in (ENGINE_DEAD, ENGINE_DRAINING):
                                 yield event
                                 return
                             log.warning("The engine at %s has let go of a request; another one goes on.", link.address)
-                            link.avoid()
+                            link.avoid(session)
                             lost += event.code == ENGINE_DEAD
                             break
-                        count.started()
+                        self._open[this] = True
                         drawn.append(event.token_id)
                         yield event
                         if event.finish_reason is not None:
                             return
-            yield dead(request_id)
+                request = msgspec.structs.replace(request, drawn_token_ids=(*request.drawn_token_ids, *drawn))
+            yield dead(request.request_id)
+        finally:
+            del self._open[this]
+            self._drop_unwanted()
+
+    async def makes_progress(self) -> bool:
+        """True: it is for whoever runs the engines to look after them."""
+        return True
 
     async def stats(self) -> Stats:
         """As EngineClient.stats: of all engines together, and the requests of this API alone."""
+        stats, running = await self.all_stats(), sum(self._open.values())
         return msgspec.structs.replace(
-            await self.all_stats(), num_requests_running=self._num_running, num_requests_waiting=self._num_waiting
+            stats, num_requests_running=running, num_requests_waiting=len(self._open) - running
         )
 
     async def all_stats(self) -> Stats:
@@ -208,36 +213,10 @@ class Engines:
         return None if self._closed else link
 
 
-class _Count:
-    """One request, counted as waiting until it has a token and as running afterwards."""
-
-    def __init__(self, engines: Engines) -> None:
-        self._engines = engines
-        self._running = False
-
-    def started(self) -> None:
-        if not self._running:
-            self._running = True
-            self._engines._num_waiting -= 1
-            self._engines._num_running += 1
-
-    def __enter__(self) -> _Count:
-        self._engines._num_waiting += 1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._running:
-            self._engines._num_running -= 1
-        else:
-            self._engines._num_waiting -= 1
-
-
 def least_busy(links: Iterable[EngineLink], numerics: str) -> EngineLink | None:
     """Of the ready ones the one with the fewest open requests of this API; the first address among equals.
 
-    One that the source no longer names comes last.
-
-    numerics: numerics_id that it must have; empty for any.
+    One that the source no longer names comes last. numerics: numerics_id that it must have; empty for any.
     """
     fitting = [
         link

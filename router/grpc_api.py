@@ -19,6 +19,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, H
 from grpc_health.v1.health_pb2_grpc import HealthServicer, add_HealthServicer_to_server
 from pydantic import ValidationError
 
+from barista.addresses import join
 from barista.errors import ConfigError, InvalidRequest, RequestError
 from barista.v1 import router_pb2 as pb
 from barista.v1.router_pb2_grpc import RouterServicer, add_RouterServicer_to_server
@@ -70,7 +71,7 @@ class GrpcApi:
         add_RouterServicer_to_server(RouterService(self._service), self._server)
         add_HealthServicer_to_server(self._health, self._server)
         try:
-            port = self._server.add_insecure_port(f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}")
+            port = self._server.add_insecure_port(join(host, self._port))
         except RuntimeError as error:
             raise ConfigError(
                 f"Cannot listen on {host}, port {self._port}, for gRPC.",

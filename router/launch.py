@@ -21,6 +21,7 @@ from barista.errors import BaristaError, ConfigError
 from router.announce import base_url
 from router.engine_process import EngineChild
 from router.keys import read_keys
+from router.log import log_to_stderr
 from router.messages import ModelInfo
 from router.models import BUILT_IN, resolve
 
@@ -31,7 +32,7 @@ def serve(config: ServeConfig, *, as_json: bool = False, until_eof: bool = False
     as_json: print one JSON object when ready instead of the lines for people. Raises BaristaError: the port is in use,
     keys are missing, the model cannot be loaded, or the engine died.
     """
-    logging.basicConfig(level=config.log_level.upper(), stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr(config.log_level)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its other lines tell what ours tell
     keys = read_keys(config)
     _check(config)

@@ -79,7 +79,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 class Submit(msgspec.Struct, frozen=True, tag=True):
     """One sequence. `n` choices are `n` submissions. salt: prefix-cache blocks are shared within one salt only.
 
-    drawn_token_ids: its first tokens, which another engine has drawn before it was lost: the next ones follow.
+    drawn_token_ids: its first tokens, which another engine has drawn before it was lost: the next ones follow, these
+    are not reported again.
     """
 
     request_id: str

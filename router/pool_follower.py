@@ -78,13 +78,17 @@ async def _follow(
     namespace, _, name = release.partition("/")
     token = deployment_token(os.environ)
     follower = PoolFollower(token, None if config.tls_dir is None else str(config.tls_dir))
-    async with contextlib.aclosing(ClusterSide(namespace, name, groups=groups)) as side, asyncio.TaskGroup() as tasks:
+    async with contextlib.AsyncExitStack() as stack:
+        side = await stack.enter_async_context(contextlib.aclosing(ClusterSide(namespace, name, groups=groups)))
+        stack.push_async_callback(follower.close)
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
         tasks.create_task(_follow_addresses(follower, watch_endpoints(namespace, f"{name}-ray", "controller")))
         engines = None
         if groups is not None:
             engines = Engines(
                 lambda: watch_endpoints(namespace, f"{name}-ray", "engine"), Trust(token, config.tls_dir), token, ""
             )
+            stack.push_async_callback(engines.close)
             tasks.create_task(engines.start(lambda fraction, message: None))
         while True:
             state = await follower.state()

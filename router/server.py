@@ -11,15 +11,14 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
 
 from barista.errors import BaristaError
 from router.console import OnProgress, progress
-from router.ending import Ending
+from router.ending import Ending, first
 from router.engine_client import StartableEngine
 from router.grpc_api import GrpcApi
 from router.messages import ModelInfo
@@ -100,7 +99,7 @@ class Server:
         """Start pool and engine; False if a signal came first. Raises BaristaError with the reason of who cannot."""
         with progress("Loading") as on_progress:
             loading = asyncio.create_task(self._start(on_progress))
-            await _first(loading, http, ending.now.wait(), ending.drain.wait())
+            await first(loading, http, ending.now.wait(), ending.drain.wait())
             if not loading.done():
                 loading.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -118,7 +117,7 @@ class Server:
         address = await self._pool.start(on_progress)
         starting = asyncio.create_task(self._engine.start(on_progress, address))
         try:
-            await _first(starting, self._pool.died.wait())
+            await first(starting, self._pool.died.wait())
             if not starting.done():
                 raise self._pool.failure
             await starting
@@ -126,11 +125,11 @@ class Server:
             starting.cancel()
 
     async def _until_ended(self, ending: Ending, http: asyncio.Task[None]) -> None:
-        await _first(http, self._lost(), ending.now.wait(), ending.drain.wait())
+        await first(http, self._lost(), ending.now.wait(), ending.drain.wait())
         if ending.drain.is_set() and not ending.now.is_set():
             log.info("Draining: open streams have %g s to finish.", self._drain_timeout)
             self._app.state.drain()
-            await _first(self._app.state.wait_idle(), self._lost(), ending.now.wait(), timeout=self._drain_timeout)
+            await first(self._app.state.wait_idle(), self._lost(), ending.now.wait(), timeout=self._drain_timeout)
         _require_running(http)
         if self._engine.died.is_set():
             raise BaristaError("The engine died; the lines above may say why.", "Start the server again.")
@@ -142,7 +141,7 @@ class Server:
         if self._pool is None:
             await self._engine.died.wait()
             return
-        await _first(self._engine.died.wait(), self._pool.died.wait())
+        await first(self._engine.died.wait(), self._pool.died.wait())
         if self._pool.outlives_keeper and not self._engine.died.is_set():
             log.warning("The pool's keeper has died; its workers go on, and so does this server.")
             await self._engine.died.wait()
@@ -154,12 +153,3 @@ def _require_running(http: asyncio.Task[None]) -> None:
         raise BaristaError(
             "The HTTP server ended by itself; the lines above may say why.", "Start the server again."
         ) from http.exception()
-
-
-async def _first(*awaitables: Coroutine[Any, Any, Any] | asyncio.Task[Any], timeout: float | None = None) -> None:
-    """Wait until one of them is done, or for `timeout` seconds. Tasks go on; coroutines are cancelled."""
-    own = [asyncio.create_task(item) for item in awaitables if not isinstance(item, asyncio.Task)]
-    given = [item for item in awaitables if isinstance(item, asyncio.Task)]
-    await asyncio.wait([*own, *given], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    for task in own:
-        task.cancel()

@@ -74,6 +74,7 @@ class Deployment:
         self._said: set[str] = set()
         self._address = ""
         self._channel: grpc.Channel | None = None
+        self._engines: RayEngines | None = None
         self._places = 0
         self._places_since = time.monotonic()
         self._busy: threading.Thread | None = None
@@ -88,6 +89,7 @@ class Deployment:
     def _tend(self) -> None:
         try:
             self._find_controller()
+            assert self._engines is not None
             troubles = self._engines.tend()  # first: engines read their trunk while workers read their experts
             self._tend_workers(troubles)
             self._tell(troubles)

@@ -6,7 +6,6 @@ over what it has open. Prints what it does, and exits with 1 if something could 
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
@@ -17,14 +16,15 @@ import grpc
 import ray
 from ray.exceptions import RayError
 
-from barista.errors import BaristaError
+from barista.errors import BaristaError, ConfigError
 from barista.trust import Trust
 from barista.v1 import controller_pb2 as pb
 from barista.v1.controller_pb2_grpc import ControllerStub
 from experts.cluster.controller_actor import NAME
 from experts.cluster.engines import drain_engine, engine_on
+from experts.cluster.local import joined_cluster
+from experts.cluster.workers import short
 
-NODE_CHARACTERS = 12  # of a node's id in the pool's state
 ANSWER_SECONDS = 10.0
 
 
@@ -34,7 +34,7 @@ def drain_node(seconds: float) -> bool:
     actors = ray.util.list_named_actors(all_namespaces=True)
     all_moved = True
     for namespace in sorted(actor["namespace"] for actor in actors if actor["name"] == NAME):
-        all_moved &= _drain_workers(namespace, node_id[:NODE_CHARACTERS], seconds)
+        all_moved &= _drain_workers(namespace, short(node_id), seconds)
     for namespace in sorted({actor["namespace"] for actor in actors}):
         name = engine_on(namespace, node_id)
         if name is not None:
@@ -59,16 +59,20 @@ def _drain_workers(namespace: str, node: str, seconds: float) -> bool:
                 _say(f"draining {', '.join(names)}")
                 stub.Drain(pb.DrainWorkerRequest(node=node), timeout=seconds, metadata=trust.metadata)
     except grpc.RpcError as error:
-        print(f"the workers are not drained: {error.details() or error.code().name}", file=sys.stderr)  # noqa: T201
+        _complain(f"the workers are not drained: {error.details() or error.code().name}")
         return False
     except (RayError, ValueError, BaristaError) as error:
-        print(f"the workers are not drained: {error}", file=sys.stderr)  # noqa: T201
+        _complain(f"the workers are not drained: {error}")
         return False
     return True
 
 
 def _say(text: str) -> None:
     print(text, flush=True)  # noqa: T201
+
+
+def _complain(text: str) -> None:
+    print(text, file=sys.stderr)  # noqa: T201
 
 
 def main() -> int:
@@ -78,11 +82,11 @@ def main() -> int:
     timer.daemon = True
     timer.start()
     try:
-        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR, namespace="barista-drain")
-    except (ConnectionError, RuntimeError) as error:
-        print(f"no Ray node runs here: {error}", file=sys.stderr)  # noqa: T201
+        with joined_cluster("auto", "barista-drain"):
+            return 0 if drain_node(seconds) else 1
+    except ConfigError as error:
+        _complain(f"this node cannot be drained: {error}")
         return 1
-    return 0 if drain_node(seconds) else 1
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import sys
 from typing import Any
 
@@ -12,6 +11,7 @@ from ray.exceptions import RayError
 
 from experts.cluster.controller_actor import NAME
 from experts.cluster.engines import end_engine, engine_names
+from experts.cluster.local import joined_cluster
 
 SECONDS = 60.0
 
@@ -29,5 +29,5 @@ def remove_pool(pool: str) -> None:
 
 
 if __name__ == "__main__":
-    ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR, namespace="barista-remove")
-    remove_pool(sys.argv[1])
+    with joined_cluster("auto", "barista-remove"):
+        remove_pool(sys.argv[1])

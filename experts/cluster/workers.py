@@ -65,7 +65,7 @@ class RayWorkers:
                 actor: Any = await asyncio.to_thread(ray.get_actor, name, self._namespace)
                 address, node_id = await actor.serve.remote(capacity_bytes, self._node_ids.get(name, ""))
                 self._node_ids[name] = node_id
-                return Location(address, node_id[:12], await asyncio.to_thread(_domain, node_id))
+                return Location(address, short(node_id), await asyncio.to_thread(_domain, node_id))
             except BaristaError as error:
                 raise cause_of(error) from None
             except (RayActorError, ValueError):  # it is being restarted, or not made yet
@@ -140,6 +140,11 @@ class RayWorkers:
                 if left.isdisjoint(members):
                     with contextlib.suppress(ValueError):
                         remove_placement_group(get_placement_group(group_name))
+
+
+def short(node_id: str) -> str:
+    """A node's id as the pool's state has it."""
+    return node_id[:12]
 
 
 def package_env() -> dict[str, Any]:

@@ -29,17 +29,13 @@ def create_app(
     chat_template: ChatTemplate | None,
     settings: ApiSettings,
     pool: PoolClient | None = None,
-    *,
-    owns_engine: bool = True,
 ) -> FastAPI:
     """The HTTP API around `engine`, which may still be loading. pool: where its experts are, if not in the engine.
-
-    owns_engine: the engine lives and dies with this process, so that /live is about both.
 
     For whoever stops the process: `app.state.drain()` refuses new requests and makes /ready answer 503,
     `await app.state.wait_idle()` returns when no request is open any more. `app.state.service` is what it is about.
     """
-    service = Service(engine, tokenizer, chat_template, settings, Admission(settings), Metrics(), pool, owns_engine)
+    service = Service(engine, tokenizer, chat_template, settings, Admission(settings), Metrics(), pool)
     # No pages that would load their scripts from other hosts.
     app = FastAPI(title="Barista", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     for router in (operations_router, pool_router, chat_router, completions_router, tokenization_router):

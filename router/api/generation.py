@@ -21,7 +21,7 @@ from router.api.responses import Usage
 from router.api.sampling import sampling_params
 from router.api.schemas import GenerateRequest
 from router.api.service import Service, cache_salt
-from router.messages import Failed, SamplingParams, Token
+from router.messages import Failed, SamplingParams, Submit, Token
 
 Prompts = list[tuple[int, ...]]
 
@@ -143,7 +143,8 @@ class Generation:
         choice = Choice(sequence.index, self.service.tokenizer, self.body.stops)
         timer = self.service.metrics.timer(self._arrival)
         request_id = f"{self.answer_id}-{sequence.index}"
-        events = self.service.engine.submit(request_id, sequence.prompt, sequence.sampling, cache_salt(self.key))
+        submit = Submit(request_id, sequence.prompt, sequence.sampling, cache_salt(self.key))
+        events = self.service.engine.submit(submit)
         async with aclosing(cast("AsyncGenerator[Token | Failed]", events)) as tokens:
             async for token in tokens:
                 if isinstance(token, Failed):

@@ -23,7 +23,7 @@ def operations_router(service: Service) -> APIRouter:
     @router.get("/live", responses=UNREADY)
     async def live() -> Status:
         """The process makes progress, or waits for what it cannot hurry: 503 means that a restart would help."""
-        if service.owns_engine and not service.progress.seen(answers=await _answers(service)):
+        if not await service.engine.makes_progress():
             raise Overloaded("The engine has made no progress for minutes.", code="no_progress", retry_after=5)
         return {"status": "ok"}
 
@@ -55,17 +55,6 @@ def operations_router(service: Service) -> APIRouter:
         return _model(service)
 
     return router
-
-
-async def _answers(service: Service) -> bool:
-    """True also while it loads: that takes what it takes."""
-    if not service.engine.ready:
-        return True
-    try:
-        await service.engine.stats()
-    except EngineFailed:
-        return False
-    return True
 
 
 async def _moves(service: Service) -> int | None:

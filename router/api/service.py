@@ -12,7 +12,6 @@ from typing import TypeVar
 from barista.errors import InvalidRequest, NotFound, Overloaded
 from barista.metrics import Metrics
 from router.api.admission import Admission
-from router.api.progress import Progress
 from router.api.sampling import check_token_ids
 from router.api.schemas import Message, TemplateOptions
 from router.api.settings import ApiSettings
@@ -42,8 +41,6 @@ class Service:
     admission: Admission
     metrics: Metrics
     pool: PoolClient | None = None
-    owns_engine: bool = True
-    progress: Progress = field(default_factory=Progress)
     created: int = field(default_factory=lambda: int(time.time()))
     max_token_chars: int = field(init=False)
 

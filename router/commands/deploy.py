@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from barista.config import load
-from router.commands.serve import with_serve_flags
+from router.commands.serve import CONFIG, settings_of, with_serve_flags
 from router.engine_port import ENGINE_PORT
 
-CONFIG = typer.Option(None, envvar="BARISTA_CONFIG", help="TOML file of these settings, named with _ for -.")
 ENGINES = typer.Option(1, min=1, help="How many engines.")
 PORT = typer.Option(ENGINE_PORT, min=1, max=65535, help="Port of the engines, on every node that has one.")
 
@@ -56,7 +53,7 @@ def command(
         groups=groups,
         sends_token=send_token,
     )
-    raise typer.Exit(deploy(load(config, os.environ, _given(flags)), options, remove=remove))
+    raise typer.Exit(deploy(settings_of(config, flags), options, remove=remove))
 
 
 @with_serve_flags
@@ -64,8 +61,4 @@ def keep(config: Path | None = CONFIG, engine_replicas: int = ENGINES, engine_po
     """What `barista deploy` runs as a job inside the Ray cluster."""
     from router.deployment import keep as keep_deployment
 
-    raise typer.Exit(keep_deployment(load(config, os.environ, _given(flags)), engine_replicas, engine_port))
-
-
-def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in flags.items() if value is not None}
+    raise typer.Exit(keep_deployment(settings_of(config, flags), engine_replicas, engine_port))

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from barista.config import load
-from router.commands.serve import with_serve_flags
+from router.commands.serve import CONFIG, settings_of, with_serve_flags
 from router.engine_port import ENGINE_PORT
 
 
 @with_serve_flags
 def command(
-    config: Path | None = typer.Option(
-        None, envvar="BARISTA_CONFIG", help="TOML file of these settings, named with _ for -."
-    ),
+    config: Path | None = CONFIG,
     until_eof: bool = typer.Option(False, hidden=True, help="Stop when standard input closes."),
     **flags: Any,
 ) -> None:
@@ -25,8 +21,7 @@ def command(
 
     Both ends show the token in BARISTA_POOL_TOKEN and, beyond this machine, the certificates in --tls-dir.
     """
-    given = {name: value for name, value in flags.items() if value is not None}
-    settings = load(config, os.environ, given, {"port": ENGINE_PORT})
+    settings = settings_of(config, flags, {"port": ENGINE_PORT})
     from router.engine_host import serve_engine
 
     raise typer.Exit(serve_engine(settings, until_eof=until_eof))

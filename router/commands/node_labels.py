@@ -17,12 +17,11 @@ def command(
     A node without such labels, or an API server that does not tell, is no error: the file is then an empty mapping.
     """
     import asyncio
-    import logging
-    import sys
 
     from router.kubernetes.node_labels import read_node_labels
+    from router.log import log_to_stderr
 
-    logging.basicConfig(level="INFO", stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    log_to_stderr("info")
     labels = asyncio.run(read_node_labels(node))
     # JSON is YAML; and an empty file would not be a mapping to Ray, which would refuse to start.
     output.write_text(json.dumps(labels, indent=2) + "\n")

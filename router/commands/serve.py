@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from inspect import Parameter, Signature
 from pathlib import Path
@@ -35,11 +35,20 @@ def _parameter(entry: Field[Any]) -> Parameter:
     return Parameter(entry.name, Parameter.POSITIONAL_OR_KEYWORD, default=declared, annotation=kind)
 
 
+CONFIG = typer.Option(None, envvar="BARISTA_CONFIG", help="TOML file of these settings, named with _ for -.")
+
+
+def settings_of(
+    file: Path | None, flags: Mapping[str, Any], defaults: Mapping[str, object] | None = None
+) -> ServeConfig:
+    """What a command with these flags was told. defaults: as of barista.config.load. Raises ConfigError."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    return load(file, os.environ, given, defaults or {})
+
+
 @with_serve_flags
 def command(
-    config: Path | None = typer.Option(
-        None, envvar="BARISTA_CONFIG", help="TOML file of these settings, named with _ for -."
-    ),
+    config: Path | None = CONFIG,
     as_json: bool = typer.Option(
         False, "--json", help='Once ready, print {"url", "model"} alone on stdout; with --grpc-port also "grpc".'
     ),
@@ -50,8 +59,7 @@ def command(
 
     Settings come from the --config file, then BARISTA_* variables, then flags; the last one wins.
     """
-    given = {name: value for name, value in flags.items() if value is not None}
-    settings = load(config, os.environ, given)
+    settings = settings_of(config, flags)
     from router.launch import serve
 
     raise typer.Exit(serve(settings, as_json=as_json, until_eof=until_eof))

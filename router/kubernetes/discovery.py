@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
+from barista.addresses import join
 from router.kubernetes.cluster import Cluster, ClusterError
 
 RELIST_SECONDS = 30.0
@@ -73,7 +74,7 @@ def addresses(slices: Iterable[Slice], port_name: str) -> frozenset[str]:
         for endpoint in item.get("endpoints") or []:
             host = endpoint["addresses"][0]  # the others stand for the same endpoint
             pod = (endpoint.get("targetRef") or {}).get("uid") or host
-            address = f"[{host}]:{ports[0]}" if family == "IPv6" else f"{host}:{ports[0]}"
+            address = join(host, ports[0])
             found[pod] = min(found.get(pod, (family, address)), (family, address))
     return frozenset(address for _, address in found.values())
 

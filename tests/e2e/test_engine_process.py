@@ -20,7 +20,7 @@ import pytest
 from barista.errors import BaristaError, EngineFailed
 from router.engine_process import EngineChild, EngineProcess
 from router.framing import frame
-from router.messages import EngineConfig, Failed, SamplingParams, Token, encode
+from router.messages import EngineConfig, Failed, SamplingParams, Submit, Token, encode
 from tests import tiny
 
 Body = Callable[[EngineProcess], Coroutine[Any, Any, None]]
@@ -61,7 +61,7 @@ def gone(pid: int, seconds: float = 10) -> bool:
 
 
 async def collect(engine: EngineProcess, name: str, sampling: SamplingParams) -> list[Token | Failed]:
-    return [event async for event in engine.submit(name, (5, 6, 7), sampling)]
+    return [event async for event in engine.submit(Submit(name, (5, 6, 7), sampling))]
 
 
 def test_it_answers_and_counts(checkpoint: Path) -> None:
@@ -84,7 +84,7 @@ def test_its_traces_are_whole_when_it_has_been_closed(checkpoint: Path, tmp_path
 
     async def body(engine: EngineProcess) -> None:
         await collect(engine, "a", SamplingParams(temperature=0, max_tokens=5))
-        await anext(engine.submit("b", (5, 6, 7), ENDLESS))
+        await anext(engine.submit(Submit("b", (5, 6, 7), ENDLESS)))
 
     with_engine(checkpoint, body, trace_to=str(file), trace_ratio=0.0)
     ends = [json.loads(line)["attributes"] for line in file.read_text().splitlines()]
@@ -96,7 +96,7 @@ def test_its_traces_are_whole_when_it_has_been_closed(checkpoint: Path, tmp_path
 
 def test_leaving_early_frees_the_blocks(checkpoint: Path) -> None:
     async def body(engine: EngineProcess) -> None:
-        stream = engine.submit("a", (5, 6, 7), ENDLESS)
+        stream = engine.submit(Submit("a", (5, 6, 7), ENDLESS))
         await anext(stream)
         assert (await engine.stats()).num_requests_running == 1
         await stream.aclose()
@@ -107,7 +107,7 @@ def test_leaving_early_frees_the_blocks(checkpoint: Path) -> None:
 
 def test_a_killed_engine_fails_its_open_streams_and_new_ones(checkpoint: Path) -> None:
     async def body(engine: EngineProcess) -> None:
-        stream = engine.submit("a", (5, 6, 7), ENDLESS)
+        stream = engine.submit(Submit("a", (5, 6, 7), ENDLESS))
         await anext(stream)
         os.kill(engine.pid, signal.SIGKILL)
         *_, last = [event async for event in stream]
@@ -180,7 +180,7 @@ async def main():
     engine = EngineProcess(EngineConfig(path=sys.argv[1], kv_cache_tokens=512))
     await engine.start()
     print(engine.pid, flush=True)
-    async for _ in engine.submit("a", (5, 6), SamplingParams(max_tokens=400, ignore_eos=True)):
+    async for _ in engine.submit(Submit("a", (5, 6), SamplingParams(max_tokens=400, ignore_eos=True))):
         await asyncio.sleep(1)
 
 asyncio.run(main())
@@ -214,14 +214,20 @@ def test_a_cache_larger_than_memory_is_refused_with_what_would_fit(checkpoint: P
         asyncio.run(start())
 
 
-def test_an_engine_that_does_not_answer_does_not_hold_up_who_asks(checkpoint: Path) -> None:
+def test_an_engine_that_does_not_answer_does_not_hold_up_who_asks(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def body(engine: EngineProcess) -> None:
         os.kill(engine.pid, signal.SIGSTOP)
         try:
             with pytest.raises(EngineFailed, match="not answered"):
                 await engine.stats()
+            assert await engine.makes_progress()  # it has been silent for seconds, not for minutes
+            monkeypatch.setattr("router.engine_process.PROGRESS_SECONDS", 1.0)
+            assert not await engine.makes_progress()
         finally:
             os.kill(engine.pid, signal.SIGCONT)
+        assert await engine.makes_progress()
         assert (await engine.stats()).num_requests_running == 0
 
     with_engine(checkpoint, body)

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from barista.errors import EngineFailed
 from router.api.app import create_app
 from router.api.settings import ApiSettings
-from router.messages import ExpertCacheStats, Failed, ModelInfo, PoolStats, SamplingParams, Stats, Submit, Token
+from router.messages import ExpertCacheStats, Failed, ModelInfo, PoolStats, Stats, Submit, Token
 from router.pool_client import PoolClient
 
 EOS = 0
@@ -98,6 +98,7 @@ class FakeEngine:
     expert_cache: ExpertCacheStats | None = None
     hung: bool = False
     numerics_id: str = "fake-f32"
+    progress: bool = True
 
     @property
     def model(self) -> ModelInfo:
@@ -115,18 +116,11 @@ class FakeEngine:
             numerics_id=self.numerics_id,
         )
 
-    async def submit(
-        self,
-        request_id: str,
-        prompt_token_ids: tuple[int, ...],
-        sampling: SamplingParams,
-        salt: bytes = b"",
-        drawn_token_ids: tuple[int, ...] = (),
-    ) -> AsyncGenerator[Token | Failed]:
-        submit = Submit(request_id, prompt_token_ids, sampling, salt, drawn_token_ids)
+    async def submit(self, submit: Submit) -> AsyncGenerator[Token | Failed]:
+        request_id = submit.request_id
         self.submitted.append(submit)
         finished = False
-        drawn = len(drawn_token_ids)
+        drawn = len(submit.drawn_token_ids)
         try:
             for index, token_id in enumerate(islice(self.script(submit), drawn, None), drawn):
                 await asyncio.sleep(self.delay)
@@ -144,6 +138,9 @@ class FakeEngine:
         finally:
             if not finished:
                 self.aborted.append(request_id)
+
+    async def makes_progress(self) -> bool:
+        return self.progress
 
     async def stats(self) -> Stats:
         await asyncio.sleep(self.delay)

@@ -22,7 +22,7 @@ from experts.spec import FFNSpec
 from router.api.app import create_app
 from router.api.settings import ApiSettings
 from router.launch import listen
-from router.messages import Failed, PoolAddress, SamplingParams, Token
+from router.messages import Failed, PoolAddress, Submit, Token
 from router.pool_process import PoolProcess
 from router.server import Server
 
@@ -60,12 +60,10 @@ class FakeProcess(FakeEngine):
     async def close(self) -> None:
         self.die()
 
-    async def submit(
-        self, request_id: str, prompt_token_ids: tuple[int, ...], sampling: SamplingParams, salt: bytes = b""
-    ) -> AsyncGenerator[Token | Failed]:
-        async for event in super().submit(request_id, prompt_token_ids, sampling, salt):
+    async def submit(self, submit: Submit) -> AsyncGenerator[Token | Failed]:
+        async for event in super().submit(submit):
             if self.died.is_set():
-                yield Failed(request_id, "engine_dead", "died")
+                yield Failed(submit.request_id, "engine_dead", "died")
                 return
             yield event
 

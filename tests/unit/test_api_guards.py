@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from barista.errors import InvalidRequest, Overloaded
 from router.api.admission import Admission
-from router.api.progress import PROGRESS_SECONDS, Progress
 from router.api.settings import ApiSettings
 from tests.unit.fake_engine import FakeEngine, client, fake_app
 
@@ -200,25 +199,13 @@ async def test_draining_finishes_what_is_open_and_refuses_the_rest():
     assert ready.status_code == 503
 
 
-async def test_a_silent_engine_is_taken_for_alive_until_minutes_have_passed():
+async def test_live_says_whether_the_engine_makes_progress():
     engine = FakeEngine(hung=True)
     async with client(fake_app(engine)) as http:
         assert (await http.get("/live")).status_code == 200
-        engine.ready = False  # it loads, or is looked for: a restart would not help
-        assert (await http.get("/live")).status_code == 200
-
-
-def test_progress_is_asked_for_only_after_a_long_silence():
-    now = 0.0
-    progress = Progress(lambda: now)
-    assert progress.seen(answers=False)
-    now = PROGRESS_SECONDS - 1
-    assert progress.seen(answers=False)
-    assert progress.seen(answers=True)
-    now = 2 * PROGRESS_SECONDS
-    assert progress.seen(answers=False)
-    now = 3 * PROGRESS_SECONDS
-    assert not progress.seen(answers=False)
+        engine.progress = False
+        stuck = await http.get("/live")
+    assert (stuck.status_code, stuck.json()["error"]["code"]) == (503, "no_progress")
 
 
 async def test_until_the_engine_is_ready_only_health_and_models_answer():

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from barista import __version__
 from barista.errors import EngineFailed, InvalidRequest
 from barista.trust import Trust
+from router import engine_link
 from router.engine_link import EngineLink
 from router.engine_service import EngineService
 from router.engines import MAX_ENGINES_LOST, Engines
@@ -98,7 +99,7 @@ async def engines_at(source: Addresses, *, wait: bool = True, resume_seconds: fl
 
 
 async def collect(engines: Engines, name: str = "r", sampling: SamplingParams = LONG) -> list[Token | Failed]:
-    return [event async for event in engines.submit(name, PROMPT, sampling)]
+    return [event async for event in engines.submit(Submit(name, PROMPT, sampling))]
 
 
 def token_ids(events: list[Token | Failed]) -> list[int]:
@@ -314,6 +315,30 @@ def test_a_source_that_is_empty_for_a_moment_takes_no_engine_away() -> None:
     run(body)
 
 
+def test_a_link_ends_when_it_is_told_to_although_its_stream_fails_in_the_same_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    attached = asyncio.Event()
+
+    async def fails_when_cancelled(*_: Any) -> None:
+        attached.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise engine_link._Ended from None
+
+    async def body() -> None:
+        monkeypatch.setattr(EngineLink, "_attach", fails_when_cancelled)
+        async with running() as one:
+            task = asyncio.create_task(EngineLink(one.address, TRUST, "t").run(lambda: None))
+            await attached.wait()
+            task.cancel()
+            await asyncio.wait((task,), timeout=5)
+            assert task.done()
+
+    run(body)
+
+
 def test_closing_ends_every_open_request() -> None:
     async def body() -> None:
         gate = asyncio.Event()
@@ -354,12 +379,30 @@ def test_a_request_that_reaches_a_draining_engine_goes_elsewhere() -> None:
             source = Addresses(one.address)
             async with engines_at(source) as engines:
                 one.service._draining = True  # its health has not been heard yet
+                answer = asyncio.create_task(collect(engines))
+                await until(lambda: not engines.ready)
                 source.set(one.address, two.address)
-                await until(lambda: len(ready(engines)) == 2)
-                for link in engines._all():
-                    link.num_open = int(link.address == two.address)  # so that the draining one is chosen
-                assert token_ids(await collect(engines)) == alone()
+                assert token_ids(await answer) == alone()
                 assert (len(one.engine.submitted), len(two.engine.submitted)) == (0, 1)
+
+    run(body)
+
+
+def test_who_reads_slowly_does_not_turn_an_engine_away_that_has_come_back() -> None:
+    async def body() -> None:
+        gate = asyncio.Event()
+        async with running(gate=gate, gate_at=5) as one, engines_at(Addresses(one.address)) as engines:
+            slow = engines.submit(Submit("slow", PROMPT, LONG))
+            assert isinstance(await anext(slow), Token)
+            (link,) = engines._all()
+            old = link.session
+            one.service._attached.copy().pop()._ended = True  # the engine ends the attachment
+            one.service._attached.copy().pop()._news.set()
+            await until(lambda: link.ready and link.session not in (None, old))
+            gate.set()
+            rest = [event async for event in slow]
+            assert all(isinstance(event, Token) for event in rest)
+            assert engines.ready
 
     run(body)
 
@@ -367,7 +410,7 @@ def test_a_request_that_reaches_a_draining_engine_goes_elsewhere() -> None:
 def test_a_prompt_that_fits_no_message_is_refused_and_disturbs_nobody() -> None:
     async def body() -> None:
         async with running() as one, engines_at(Addresses(one.address)) as engines:
-            (failed,) = [event async for event in engines.submit("r", (7,) * 900_000, LONG)]
+            (failed,) = [event async for event in engines.submit(Submit("r", (7,) * 900_000, LONG))]
             assert isinstance(failed, Failed)
             assert failed.code == "context_length_exceeded"
             assert token_ids(await collect(engines)) == alone()
@@ -428,7 +471,7 @@ def test_requests_are_spread_over_the_engines_and_counted(first: int, counts: tu
             answers = [asyncio.create_task(collect(engines, f"r{number}")) for number in range(10)]
             await until(lambda: len(one.engine.submitted) + len(two.engine.submitted) == 10)
             assert len(one.engine.submitted) == 5
-            await until(lambda: (engines._num_waiting, engines._num_running) == counts)
+            await until(lambda: (len(engines._open), sum(engines._open.values())) == (10, counts[1]))
             stats = await engines.stats()
             assert (stats.num_requests_waiting, stats.num_requests_running) == counts
             gate.set()

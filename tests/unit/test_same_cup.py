@@ -122,6 +122,15 @@ def test_an_answer_goes_on_in_another_engine_from_whatever_was_drawn(
         assert rest[name][-1].finish_reason == "length"
 
 
+def test_tokens_drawn_elsewhere_are_not_counted_as_cached_tokens_of_the_prompt(model: Model) -> None:
+    whole = request("whole", range(10, 22), max_tokens=20, temperature=0)
+    engine = engine_on(model)
+    drawn = answer(engine, [whole]).tokens["whole"]
+    engine.submit(msgspec.structs.replace(whole, request_id="rest", drawn_token_ids=tuple(drawn[:16])))
+    (token,) = engine.step().tokens
+    assert 0 < token.num_cached_tokens <= len(whole.prompt_token_ids)
+
+
 def test_more_tokens_drawn_than_asked_for_are_refused(model: Model) -> None:
     submit = msgspec.structs.replace(request("r", [4, 5], max_tokens=2, temperature=0), drawn_token_ids=(7, 8))
     assert answer(engine_on(model), [submit]).failed == {"r": "invalid_request"}
