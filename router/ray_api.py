@@ -38,11 +38,13 @@ class Job:
 class RayApi:
     """The dashboard at `url`, such as http://head:8265. environ: where Ray's own commands find their token.
 
-    Raises ConfigError for a token's file that cannot be read. Every call raises ConfigError with a remedy when the
-    cluster cannot be reached or refuses.
+    Raises ConfigError for what is no URL, and for a token's file that cannot be read. Every call raises ConfigError
+    with a remedy when the cluster cannot be reached or refuses.
     """
 
     def __init__(self, url: str, environ: Mapping[str, str]) -> None:
+        if not _is_http_url(url):
+            raise ConfigError(f"{url!r} is no URL of a Ray cluster's dashboard.", "Give one such as http://head:8265.")
         self.url = url.rstrip("/")
         token = _token(environ)
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -87,7 +89,7 @@ class RayApi:
                 answer = await client.request(method, self.url + path, json=body)
         except httpx.HTTPError as error:
             raise ConfigError(
-                f"The Ray cluster at {self.url} does not answer: {error or type(error).__name__}.",
+                f"The Ray cluster at {self.url} does not answer: {str(error).rstrip('.') or type(error).__name__}.",
                 "Give the address of its dashboard (ray start --dashboard-host=0.0.0.0, port 8265), "
                 "and see whether a network policy lets it be reached.",
             ) from error
@@ -105,7 +107,7 @@ class RayApi:
 
     def _strange(self, text: str) -> ConfigError:
         return ConfigError(
-            f"What answers at {self.url} is no dashboard of Ray 2.60, or one in trouble: {text[:300]}.",
+            f"What answers at {self.url} is no dashboard of Ray 2.60, or one in trouble: {text[:300].rstrip('.')}.",
             "Give the address of the Ray cluster's dashboard, and see the head's logs.",
         )
 
@@ -124,3 +126,11 @@ def _token(environ: Mapping[str, str]) -> str:
         raise ConfigError(
             f"Cannot read Ray's token in {path}: {error.strerror}.", "Correct RAY_AUTH_TOKEN_PATH."
         ) from error
+
+
+def _is_http_url(text: str) -> bool:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL:
+        return False
+    return url.scheme in ("http", "https") and bool(url.host)

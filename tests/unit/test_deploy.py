@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any, cast
@@ -365,6 +366,12 @@ def test_a_token_may_be_in_a_file(tmp_path: Path) -> None:
         assert asyncio.run(RayApi(url, {"HOME": str(tmp_path)}).jobs()) == []
     with pytest.raises(ConfigError, match=r"token.*RAY_AUTH_TOKEN_PATH"):
         RayApi(url, {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")})
+
+
+@pytest.mark.parametrize("url", ["head:8265", "head", "http://", "http://head:port", "ftp://head:8265", ""])
+def test_what_is_no_url_of_a_dashboard_is_refused_at_once(url: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(repr(url))} is no URL"):
+        RayApi(url, {})
 
 
 def test_removing_stops_the_job_and_runs_another_that_takes_down_what_is_left() -> None:
