@@ -85,15 +85,15 @@ class Apart:
                 process.wait()
 
     def ask(self, number: int, begun: threading.Event) -> tuple[str, object]:
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.ports[2]}/v1", api_key="none", max_retries=0)
         text, usage = "", None
-        for chunk in client.completions.create(
-            model="model", prompt=f"cup {number}", max_tokens=TOKENS, temperature=1.0, seed=number,
-            extra_body={"ignore_eos": True}, stream=True, stream_options={"include_usage": True},
-        ):  # fmt: skip
-            begun.set()
-            text += chunk.choices[0].text if chunk.choices else ""
-            usage = chunk.usage or usage
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{self.ports[2]}/v1", api_key="none", max_retries=0) as client:
+            for chunk in client.completions.create(
+                model="model", prompt=f"cup {number}", max_tokens=TOKENS, temperature=1.0, seed=number,
+                extra_body={"ignore_eos": True}, stream=True, stream_options={"include_usage": True},
+            ):  # fmt: skip
+                begun.set()
+                text += chunk.choices[0].text if chunk.choices else ""
+                usage = chunk.usage or usage
         assert usage is not None
         return text, (usage.prompt_tokens, usage.completion_tokens)
 

@@ -48,9 +48,11 @@ def test_it_serves_and_answers_without_a_network(tmp_path: Path) -> None:
     try:
         assert server.stdout is not None
         url = json.loads(server.stdout.readline())["url"]
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         question = {"role": "user", "content": "What is the capital of France?"}
-        reply = client.chat.completions.create(model="house-blend", messages=[question], temperature=0, max_tokens=12)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            reply = client.chat.completions.create(
+                model="house-blend", messages=[question], temperature=0, max_tokens=12
+            )
         assert "Paris" in (reply.choices[0].message.content or "")
     finally:
         server.send_signal(signal.SIGTERM)

@@ -79,7 +79,10 @@ class Network:
         if missing or os.geteuid():
             pytest.skip(f"only root may make network namespaces, with {', '.join(missing or TOOLS)}")
         try:
-            _run("ip", "link", "add", self._bridge, "type", "bridge")
+            # An address of its own: else it has that of one of its ports, and changes it when a pod comes or goes. Then
+            # the pods send to the old one for up to ten seconds.
+            hardware = f"02:00:00:{self.mark[:2]}:{self.mark[2:4]}:{self.mark[4:]}"
+            _run("ip", "link", "add", self._bridge, "address", hardware, "type", "bridge")
         except OSError as error:
             pytest.skip(f"network namespaces cannot be had here: {error}")
         try:
