@@ -1,0 +1,305 @@
+"""Expert parallelism on the CPU twin: what comes back is what plain torch computes, whatever the group is like."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from barista.errors import ConfigError
+from experts.expert_parallel.library import KernelError
+from experts.expert_parallel.shape import ExpertMap, GroupShape
+from experts.expert_parallel.structs import ABORTED, BAD_ID, OVERFLOW, TIMED_OUT, UNREACHABLE
+from tests.unit.expert_parallel import Group, Tokens, an_expert, as_it_is, expected, quantised, through_fp8
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def random_tokens(
+    generator: torch.Generator, num_tokens: int, hidden: int, num_experts: int, top_k: int, dtype: torch.dtype
+) -> Tokens:
+    """Distinct ids, some of them missing."""
+    order = torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1)[:, :top_k].to(torch.int32)
+    missing = torch.rand(order.shape, generator=generator) < 0.1
+    return Tokens(
+        torch.randn(num_tokens, hidden, generator=generator).to(dtype),
+        order.masked_fill(missing, -1).contiguous(),
+        torch.rand(num_tokens, top_k, generator=generator),
+    )
+
+
+def same(found: Tensor, wanted: Tensor) -> bool:
+    """Byte for byte."""
+    return torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> tuple[GroupShape, ExpertMap, list[Tokens]]:
+    num_ranks = draw(st.integers(1, 8))
+    num_experts = draw(st.integers(1, 19))
+    top_k = draw(st.integers(1, min(6, num_experts)))
+    wire = draw(st.sampled_from(["values", "fp8"]))
+    dtype = draw(st.sampled_from(DTYPES))
+    hidden = draw(st.sampled_from([128, 256])) if wire == "fp8" else draw(st.sampled_from([8, 24, 136]))
+    owners = draw(st.lists(st.integers(0, num_ranks - 1), min_size=num_experts, max_size=num_experts))
+    experts = ExpertMap.of(owners, num_ranks)
+    combine = draw(st.sampled_from(["exact", "partial"]))
+    shape = GroupShape(
+        num_ranks=num_ranks,
+        num_experts=num_experts,
+        max_local_experts=experts.most(),
+        top_k=top_k,
+        hidden_size=hidden,
+        max_tokens=draw(st.sampled_from([9, 16])),
+        dtype=dtype,
+        wire=wire,
+        combine=combine,
+        to_all=combine == "partial" and draw(st.booleans()),
+        alignment=draw(st.sampled_from([1, 8])),
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    tokens = [
+        random_tokens(generator, draw(st.integers(0, 9)), hidden, num_experts, top_k, dtype) for _ in range(num_ranks)
+    ]
+    return shape, experts, tokens
+
+
+@given(groups())
+@settings(deadline=None, max_examples=150)
+def test_every_rank_gets_what_torch_computes(case: tuple[GroupShape, ExpertMap, list[Tokens]]) -> None:
+    shape, experts, tokens = case
+    group = Group(shape, experts)
+    for _ in range(2):  # the second layer meets what the first has left behind
+        answers = group.layer(tokens)
+        for mine, (output, failed) in zip(tokens, answers, strict=True):
+            wanted, lost = expected(mine, experts, shape.combine, through_fp8 if shape.wire == "fp8" else as_it_is)
+            assert same(output, wanted)
+            assert torch.equal(failed.bool(), lost)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("wire", ["values", "fp8"])
+def test_all_tokens_may_go_to_one_expert(dtype: torch.dtype, wire: str) -> None:
+    shape = GroupShape(num_ranks=8, num_experts=12, max_local_experts=2, top_k=1, hidden_size=128, max_tokens=40,
+                       dtype=dtype, wire=wire)  # fmt: skip
+    experts = ExpertMap.even(12, range(8), 8)
+    tokens = [
+        Tokens(torch.randn(40, 128).to(dtype), torch.full((40, 1), 7, dtype=torch.int32), torch.rand(40, 1))
+        for _ in range(8)
+    ]
+    group = Group(shape, experts)
+    for mine, (output, failed) in zip(tokens, group.layer(tokens), strict=True):
+        wanted, _ = expected(mine, experts, "exact", through_fp8 if wire == "fp8" else as_it_is)
+        assert same(output, wanted)
+        assert not failed.any()
+
+
+def test_an_engine_without_experts_has_workers_without_tokens() -> None:
+    shape = GroupShape(num_ranks=4, num_experts=10, max_local_experts=4, top_k=3, hidden_size=64, max_tokens=17)
+    experts = ExpertMap.even(10, [1, 2, 3], 4)
+    generator = torch.Generator().manual_seed(1)
+    tokens = [random_tokens(generator, n, 64, 10, 3, torch.bfloat16) for n in (17, 0, 0, 0)]
+    (output, failed), *others = Group(shape, experts).layer(tokens)
+    assert same(output, expected(tokens[0], experts, "exact", as_it_is)[0])
+    assert not failed.any()
+    assert all(len(rows) == 0 for rows, _ in others)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([2.0**-140, 2.0**-12, 1.0, 1e4, 3e38]), st.sampled_from(DTYPES))
+@settings(deadline=None, max_examples=60)
+def test_fp8_bytes_on_the_wire_are_torchs(seed: int, size: float, dtype: torch.dtype) -> None:
+    shape = GroupShape(num_ranks=1, num_experts=1, max_local_experts=1, top_k=1, hidden_size=256, max_tokens=8,
+                       dtype=dtype, wire="fp8")  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.exp2(torch.randint(-16, 1, (8, 256), generator=generator).float())
+    rows = (torch.randn(8, 256, generator=generator).clamp(-1, 1) * spread * size).to(dtype)
+    group = Group(shape, ExpertMap.of([0], 1), keep_fp8=True)
+    group.feed([Tokens(rows, torch.zeros(8, 1, dtype=torch.int32), torch.ones(8, 1))])
+    group.together.send()
+    codes, scales = quantised(rows)
+    rank = group.ranks[0]
+    assert same(rank.expert_rows[:8], codes)
+    assert rank.expert_scales is not None
+    assert same(rank.expert_scales[:8], scales)
+
+
+def test_rows_come_to_an_expert_in_order_of_source_and_token() -> None:
+    shape = GroupShape(num_ranks=3, num_experts=2, max_local_experts=2, top_k=1, hidden_size=8, max_tokens=5,
+                       dtype=torch.float32, alignment=4)  # fmt: skip
+    group = Group(shape, ExpertMap.of([1, 1], 3))
+    chosen = [[0, 1, 0], [1, 1, 1, 0, 0], [0]]
+    tokens, start = [], 0
+    for ids in chosen:
+        rows = torch.arange(start, start + len(ids), dtype=torch.float32)[:, None].expand(-1, 8).contiguous()
+        tokens.append(Tokens(rows, torch.tensor(ids, dtype=torch.int32)[:, None], torch.ones(len(ids), 1)))
+        start += len(ids)
+    group.feed(tokens)
+    group.together.send()
+    owner = group.ranks[1]
+    assert owner.expert_ends.tolist() == [8, 12]  # five rows and four, each begun at a multiple of four
+    assert owner.expert_rows[:5, 0].tolist() == [0, 2, 6, 7, 8]
+    assert owner.expert_rows[8:12, 0].tolist() == [1, 3, 4, 5]
+
+
+def test_a_row_that_is_not_finite_fails_its_own_token_alone() -> None:
+    shape = GroupShape(num_ranks=2, num_experts=4, max_local_experts=2, top_k=2, hidden_size=8, max_tokens=4)
+    experts = ExpertMap.even(4, [0, 1], 2)
+    generator = torch.Generator().manual_seed(3)
+    tokens = [random_tokens(generator, 4, 8, 4, 2, torch.bfloat16) for _ in range(2)]
+    tokens[0].topk_ids[:] = torch.tensor([0, 3])
+    tokens[0].hidden_states[2, 5] = float("nan")
+    answers = Group(shape, experts).layer(tokens)
+    assert answers[0][1].tolist() == [0, 0, 1, 0]
+    assert not answers[0][0][2].any()
+    assert answers[1][1].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("bad", "status"), [(4, BAD_ID), (-2, BAD_ID), (3, UNREACHABLE)])
+def test_an_id_that_nobody_computes_fails_its_token_and_is_told(bad: int, status: int) -> None:
+    shape = GroupShape(num_ranks=2, num_experts=4, max_local_experts=2, top_k=2, hidden_size=8, max_tokens=4)
+    group = Group(shape, ExpertMap.of([0, 1, 1, -1], 2))
+    ids = torch.tensor([[0, 1], [bad, 2], [1, 2]], dtype=torch.int32)
+    tokens = Tokens(torch.randn(3, 8).to(torch.bfloat16), ids, torch.rand(3, 2))
+    nothing = Tokens(tokens.hidden_states[:0], ids[:0], tokens.topk_weights[:0])
+    (output, failed), _ = group.layer([tokens, nothing])
+    assert failed.tolist() == [0, 1, 0]
+    assert not output[1].any()
+    assert group.ranks[0].state().status == status
+    group.ranks[0].clear_status()
+    assert group.ranks[0].state().status == 0
+
+
+def test_more_expert_rows_than_there_is_room_for_fail_their_tokens_and_are_told() -> None:
+    shape = GroupShape(
+        num_ranks=1, num_experts=2, max_local_experts=2, top_k=1, hidden_size=8, max_tokens=4, max_rows=3
+    )
+    group = Group(shape, ExpertMap.of([0, 0], 1))
+    ids = torch.tensor([[0], [1], [1], [0]], dtype=torch.int32)
+    tokens = Tokens(torch.randn(4, 8).to(torch.bfloat16), ids, torch.ones(4, 1))
+    ((output, failed),) = group.layer([tokens])
+    assert failed.tolist() == [0, 1, 1, 0]
+    assert same(output[::3], an_expert(0, tokens.hidden_states[::3]))
+    assert group.ranks[0].state().status == OVERFLOW
+
+
+def test_a_rank_that_never_comes_is_given_up_and_its_pairs_fail() -> None:
+    shape = GroupShape(num_ranks=3, num_experts=3, max_local_experts=1, top_k=2, hidden_size=8, max_tokens=3)
+    group = Group(shape, ExpertMap.of([0, 1, 2], 3), timeout=0.05)
+    here = type(group.together)(group.library, group.ranks[:2])
+    ids = torch.tensor([[0, 1], [1, 2], [2, 0]], dtype=torch.int32)
+    tokens = Tokens(torch.randn(3, 8).to(torch.bfloat16), ids, torch.rand(3, 2))
+    answers = group.feed([tokens] * 3)
+    here.send()
+    group.compute()
+    here.receive()
+    for rank, (_, failed) in zip(group.ranks[:2], answers[:2], strict=True):
+        assert failed.tolist() == [0, 1, 1]
+        state = rank.state()
+        assert (state.alive, state.status) == (0b011, TIMED_OUT)
+    here.send()  # it is not waited for again, and its pairs are known to be lost before they are sent
+    group.compute()
+    here.receive()
+    assert answers[0][1].tolist() == [0, 1, 1]
+    assert group.ranks[0].state().status == TIMED_OUT | UNREACHABLE
+
+
+def test_an_abort_ends_a_wait_and_all_later_ones() -> None:
+    shape = GroupShape(num_ranks=2, num_experts=2, max_local_experts=1, top_k=1, hidden_size=8, max_tokens=2)
+    group = Group(shape, ExpertMap.of([0, 1], 2), timeout=3600.0)
+    alone = type(group.together)(group.library, group.ranks[:1])
+    tokens = Tokens(torch.randn(2, 8).to(torch.bfloat16), torch.tensor([[0], [1]], dtype=torch.int32), torch.ones(2, 1))
+    (_, failed), _ = group.feed([tokens] * 2)
+    group.library.call("ep_window_abort", group.ranks[0].window.address)
+    alone.send()
+    group.compute()
+    alone.receive()
+    assert failed.tolist() == [0, 1]
+    assert group.ranks[0].state().status == ABORTED
+
+
+def test_epochs_may_wrap_around() -> None:
+    shape = GroupShape(num_ranks=2, num_experts=2, max_local_experts=1, top_k=1, hidden_size=8, max_tokens=2)
+    experts = ExpertMap.of([1, 0], 2)
+    group = Group(shape, experts)
+    for rank in group.ranks:
+        rank._state[1] = -2  # the last epoch but one
+    ids = torch.tensor([[0], [1]], dtype=torch.int32)
+    tokens = [Tokens(torch.randn(2, 8).to(torch.bfloat16), ids, torch.rand(2, 1)) for _ in range(2)]
+    for _ in range(4):
+        for mine, (output, failed) in zip(tokens, group.layer(tokens), strict=True):
+            assert same(output, expected(mine, experts, "exact", as_it_is)[0])
+            assert not failed.any()
+    assert group.ranks[0].state().epoch == 2
+
+
+GOOD = {"num_ranks": 2, "num_experts": 4, "max_local_experts": 2, "top_k": 2, "hidden_size": 128, "max_tokens": 8}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "names"),
+    [
+        ({"num_ranks": 17}, "num_ranks is 17"),
+        ({"num_ranks": 0}, "num_ranks is 0"),
+        ({"top_k": 5}, "top_k is 5"),
+        ({"max_local_experts": 4097}, "max_local_experts is 4097"),
+        ({"hidden_size": 12, "dtype": torch.bfloat16}, "24 bytes"),
+        ({"hidden_size": 72, "wire": "fp8"}, "hidden_size is 72"),
+        ({"dtype": torch.float16}, "float16"),
+        ({"to_all": True}, "to_all"),
+        ({"max_rows": 3, "alignment": 2}, "max_rows is 3"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+    ],
+)
+def test_a_shape_that_the_kernels_do_not_take_is_refused_by_name(wrong: dict[str, object], names: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        GroupShape(**(GOOD | wrong))
+    assert names in refused.value.message
+    assert refused.value.remedy
+
+
+def test_the_kernels_take_every_shape_that_is_not_refused() -> None:
+    group = Group(GroupShape(**GOOD), ExpertMap.even(4, [0, 1], 2))
+    assert group.ranks[0].window_size > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (
+            lambda t: Tokens(t.hidden_states.repeat(3, 1), t.topk_ids.repeat(3, 1), t.topk_weights.repeat(3, 1)),
+            "12 tokens",
+        ),
+        (lambda t: Tokens(t.hidden_states.float(), t.topk_ids, t.topk_weights), "hidden_states"),
+        (lambda t: Tokens(t.hidden_states, t.topk_ids.long(), t.topk_weights), "topk_ids"),
+        (lambda t: Tokens(t.hidden_states, t.topk_ids, t.topk_weights[:, :1]), "topk_weights"),
+        (lambda t: Tokens(t.hidden_states.t().contiguous().t(), t.topk_ids, t.topk_weights), "hidden_states"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused_before_anything_is_sent(change, names: str) -> None:
+    group = Group(GroupShape(**GOOD), ExpertMap.even(4, [0, 1], 2))
+    tokens = random_tokens(torch.Generator().manual_seed(0), 4, 128, 4, 2, torch.bfloat16)
+    before = group.ranks[0].window.tensor().clone()
+    with pytest.raises(ConfigError) as refused:
+        group.ranks[0].feed(*vars(change(tokens)).values())
+    assert names in refused.value.message
+    assert torch.equal(group.ranks[0].window.tensor(), before)
+
+
+def test_a_call_that_contradicts_itself_changes_nothing() -> None:
+    group = Group(GroupShape(**GOOD), ExpertMap.even(4, [0, 1], 2))
+    before = group.ranks[0].window.tensor().clone()
+    group.ranks[0].struct.num_tokens = 9  # more than there is room for
+    with pytest.raises(KernelError, match="contradict"):
+        group.together.dispatch()
+    assert torch.equal(group.ranks[0].window.tensor(), before)
+
+
+def test_an_expert_map_numbers_each_ranks_experts_in_order() -> None:
+    experts = ExpertMap.of([1, 0, 1, -1, 1], 2)
+    assert experts.indices == (0, 0, 1, -1, 2)
+    assert (experts.local(0), experts.local(1), experts.most()) == ((1,), (0, 2, 4), 3)
+    assert [ExpertMap.even(10, [1, 2, 3], 4).ranks.count(rank) for rank in range(4)] == [0, 4, 3, 3]
+    with pytest.raises(ConfigError, match="expert 1 is on rank 2"):
+        ExpertMap.of([0, 2], 2)
