@@ -80,9 +80,7 @@ class ExpertPool:
         topk_weights: torch.Tensor,
     ) -> Pending:
         """Start one layer. Shapes and dtypes as in DispatchBatch."""
-        if self._routed and layer <= self._routed[-1][0]:
-            self._count()
-        self._routed.append((layer, topk_ids))
+        self._note(layer, topk_ids)
         batch = DispatchBatch(step, layer, hidden_states, topk_ids, topk_weights)
         return Pending(self._transport, self._transport.dispatch(batch))
 
@@ -117,6 +115,12 @@ class ExpertPool:
     def counted_tokens(self) -> torch.Tensor:
         """As expert_tokens, without those of the step under way: may be read from any thread."""
         return self._expert_tokens
+
+    def _note(self, layer: int, topk_ids: torch.Tensor) -> None:
+        """Remember a layer's choices, to be counted."""
+        if self._routed and layer <= self._routed[-1][0]:
+            self._count()
+        self._routed.append((layer, topk_ids))
 
     def _count(self) -> None:
         """Fold the step's choices into the counters: once a step, not once a layer, because small calls add up."""

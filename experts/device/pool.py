@@ -1,0 +1,19 @@
+"""The expert pool of a model on a device: it counts there."""
+
+from __future__ import annotations
+
+import torch
+
+from experts.pool import ExpertPool, Transport
+
+
+class DevicePool(ExpertPool):
+    """Counts each layer's tokens as part of the step, so that a replayed CUDA graph counts them too."""
+
+    def __init__(self, transport: Transport, num_layers: int, num_experts: int, device: torch.device) -> None:
+        super().__init__(transport, num_layers, num_experts)
+        self._expert_tokens = self._expert_tokens.to(device)
+
+    def _note(self, layer: int, topk_ids: torch.Tensor) -> None:
+        ids = topk_ids.flatten().long()
+        self._expert_tokens[layer].scatter_add_(0, ids.clamp(min=0), (ids >= 0).long())
