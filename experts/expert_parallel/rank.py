@@ -109,6 +109,11 @@ class Rank:
             self.struct.windows[rank] = window.address
         self._state.copy_(torch.tensor([ctypes.sizeof(StateStruct), 0, (1 << self.shape.num_ranks) - 1, 0] + [0] * 32))
 
+    def close(self) -> None:
+        """Give the window's memory back. Nobody may use the rank, or its window, afterwards."""
+        del self.out
+        self.window.close()
+
     def feed(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
         """The next layer's tokens: [num_tokens, hidden] in the group's dtype, [num_tokens, k] int32 and float32.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -101,6 +101,16 @@ class GroupShape:
             routing=int(self.to_all),
             alignment=self.alignment,
         )
+
+
+def shape_to_json(shape: GroupShape) -> dict[str, object]:
+    """For shape_from_json in another process."""
+    return asdict(shape) | {"dtype": str(shape.dtype).removeprefix("torch.")}
+
+
+def shape_from_json(value: dict[str, Any]) -> GroupShape:
+    """What shape_to_json made. Raises ConfigError."""
+    return GroupShape(**(value | {"dtype": getattr(torch, value["dtype"])}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,3 +130,8 @@ def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
     most = torch.full_like(amax, 448.0)  # a number divided by a tensor is not divided: torch multiplies by the inverse
     codes = (groups * (most / amax)[..., None]).to(torch.float8_e4m3fn)
     return codes.view(rows.shape), amax / most
+
+
+def same(found: Tensor, wanted: Tensor) -> bool:
+    """Byte for byte."""
+    return torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))

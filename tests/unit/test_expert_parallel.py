@@ -6,13 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from barista.errors import ConfigError
 from experts.expert_parallel.library import KernelError
 from experts.expert_parallel.shape import ExpertMap, GroupShape
 from experts.expert_parallel.structs import ABORTED, BAD_ID, OVERFLOW, TIMED_OUT, UNREACHABLE
-from tests.unit.expert_parallel import Group, Tokens, an_expert, as_it_is, expected, quantised, through_fp8
+from tests.unit.expert_parallel import Group, Tokens, an_expert, as_it_is, expected, quantised, same, through_fp8
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -28,11 +27,6 @@ def random_tokens(
         order.masked_fill(missing, -1).contiguous(),
         torch.rand(num_tokens, top_k, generator=generator),
     )
-
-
-def same(found: Tensor, wanted: Tensor) -> bool:
-    """Byte for byte."""
-    return torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
 
 
 @st.composite

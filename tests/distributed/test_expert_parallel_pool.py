@@ -1,0 +1,168 @@
+"""A group of ranks as real processes, on the CPU twin: the same bytes whoever holds the experts and whoever is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from barista.errors import ConfigError
+from experts import kernels
+from experts.checkpoint import open_checkpoint
+from experts.expert_model import ExpertModel
+from experts.expert_parallel.pool import GroupConfig, NoWorkers, ParallelPool
+from experts.expert_weights import ExpertReader
+from experts.pool import ExpertPool
+from tests.distributed.workers import tiny_expert_model
+from tests.unit.expert_parallel import same
+
+CPU = torch.device("cpu")
+TOKENS = 9
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ExpertModel:
+    return tiny_expert_model(tmp_path_factory.mktemp("tiny"))
+
+
+@contextmanager
+def pool_of(model: ExpertModel, workers: int, timeout: float = 30.0) -> Iterator[ParallelPool]:
+    pool = ParallelPool(model, GroupConfig(engine=CPU, workers=(CPU,) * workers, max_tokens=TOKENS, timeout=timeout))
+    try:
+        pool.start()
+        yield pool
+    finally:
+        pool.close()
+
+
+def inputs(model: ExpertModel, seed: int = 0, tokens: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    spec = next(iter(model.layers.values()))
+    ids = torch.rand(tokens, spec.num_experts, generator=generator).argsort(dim=1)[:, : model.top_k]
+    return (
+        torch.randn(tokens, model.hidden_size, generator=generator),
+        ids.to(torch.int32),
+        torch.rand(tokens, model.top_k, generator=generator),
+    )
+
+
+def step(
+    pool: ParallelPool, model: ExpertModel, seed: int = 0, after_one_layer: Callable[[], object] = lambda: None
+) -> Tensor:
+    """All layers, one after the other on the same rows; [num_layers, tokens, hidden]."""
+    experts = ExpertPool(pool, max(model.layers) + 1, 4)
+    rows, ids, weights = inputs(model, seed)
+    outputs = []
+    pool.begin_step(len(rows))
+    for layer in sorted(model.layers):
+        output, _ = experts.begin(0, layer, rows, ids, weights).wait()
+        outputs.append(output)
+        if len(outputs) == 1:
+            after_one_layer()
+    return torch.stack(outputs)
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers_and_are_the_models(model: ExpertModel) -> None:
+    with pool_of(model, 1) as one, pool_of(model, 3) as three:
+        for seed in range(3):
+            alone, spread = step(one, model, seed), step(three, model, seed)
+            assert one.settle()
+            assert three.settle()
+            assert same(alone, spread)
+    reader = ExpertReader(open_checkpoint(model.path), torch.float32)
+    for index, (layer, spec) in enumerate(sorted(model.layers.items())):
+        weights = {expert: reader.read(spec, layer, expert) for expert in range(spec.num_experts)}
+        table = kernels.ExpertTable(weights, spec.num_experts, dtype=torch.float32)
+        wanted, failed = kernels.moe(*inputs(model, 2), table)
+        assert not failed.any()
+        torch.testing.assert_close(alone[index], wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_is_lost_in_a_step_costs_that_step_alone(model: ExpertModel, how: signal.Signals) -> None:
+    with pool_of(model, 3, timeout=30.0 if how == signal.SIGKILL else 0.5) as pool:
+        wanted = step(pool, model)
+        assert pool.settle()
+        victim = pool.worker_pids[1]
+        step(pool, model, after_one_layer=lambda: os.kill(victim, how))
+        assert not pool.settle()
+        assert pool.generation == 2
+        assert victim not in pool.worker_pids
+        assert len(pool.worker_pids) == 2
+        for _ in range(2):
+            again = step(pool, model)
+            assert pool.settle()
+            assert same(again, wanted)
+
+
+def test_a_death_ends_the_wait_for_it_at_once(model: ExpertModel) -> None:
+    with pool_of(model, 2, timeout=3600.0) as pool:
+        os.kill(pool.worker_pids[0], signal.SIGKILL)
+        step(pool, model)  # would wait for an hour
+        assert not pool.settle()
+
+
+def test_without_any_worker_the_engine_is_told(model: ExpertModel) -> None:
+    with pool_of(model, 2) as pool:
+        for pid in pool.worker_pids:
+            os.kill(pid, signal.SIGKILL)
+        step(pool, model)
+        with pytest.raises(NoWorkers):
+            pool.settle()
+
+
+def test_more_tokens_than_the_windows_have_room_for_are_refused_and_nothing_else_is_disturbed(
+    model: ExpertModel,
+) -> None:
+    with pool_of(model, 1) as pool:
+        wanted = step(pool, model)
+        assert pool.settle()
+        experts = ExpertPool(pool, max(model.layers) + 1, 4)
+        with pytest.raises(ConfigError, match="10 tokens"):
+            experts.begin(0, 0, *inputs(model, tokens=10))
+        assert same(step(pool, model), wanted)
+        assert pool.settle()
+
+
+ENGINE = """
+import sys, time
+from pathlib import Path
+from experts.expert_model import ExpertModel
+from tests.distributed.test_expert_parallel_pool import pool_of
+model = ExpertModel.from_json(Path(sys.argv[1]).read_text())
+with pool_of(model, 2, timeout=3600.0) as pool:
+    pool.begin_step(1)  # the workers wait for rows that never come
+    print(*pool.worker_pids, flush=True)
+    time.sleep(3600)
+"""
+
+
+def test_workers_do_not_outlive_their_engine(model: ExpertModel, tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text(model.to_json())
+    command = [sys.executable, "-c", ENGINE, str(tmp_path / "model.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as engine:
+        assert engine.stdout is not None
+        pids = [int(pid) for pid in engine.stdout.readline().split()]
+        engine.kill()
+    deadline = time.monotonic() + 30
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert len(pids) == 2
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
