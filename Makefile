@@ -25,7 +25,10 @@ KERNELS := $(shell find experts/kernels -name '*.cpp' -o -name '*.h' -o -name '*
 CXX_SOURCES := $(shell find $(wildcard experts router cuda) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PROTOS := $(and $(wildcard proto),$(shell find proto -name '*.proto'))
 
-.PHONY: setup serve chat test check format proto dashboard bench soak clean
+# Of GPU machines: whatever Python has torch there, since a pinned CPU build would be of no use.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+.PHONY: setup serve chat test check format proto dashboard cuda gpu-test gpu-bench bench soak clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -55,6 +58,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES))
+	$(if $(shell command -v nvcc),$(BIN)/python -m experts.expert_parallel.build)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -71,6 +75,17 @@ endif
 # The chart's Grafana dashboard, from the metrics that there are.
 dashboard: $(VENV)/.installed
 	$(BIN)/python -m router.dashboard >$(VENV)/dashboard.json && mv $(VENV)/dashboard.json helm/barista/dashboards/barista.json
+
+# The kernels for GPUs, by nvcc, for every architecture; where the result is.
+cuda:
+	@$(GPU_PYTHON) -m experts.expert_parallel.build
+
+# What needs a GPU: builds, tests and measures on the GPUs that there are, with the torch that is there. Under 9 minutes.
+gpu-test:
+	@$(GPU_PYTHON) -m pytest -p no:cacheprovider -rs -m gpu tests/gpu $(ARGS)
+
+gpu-bench:
+	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 bench: setup $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.generate "$$($(BIN)/python -c 'from router.models import resolve; print(resolve("house-blend"))')" $(ARGS)

@@ -284,9 +284,8 @@ uint64_t ep_window_bytes(const ep_shape* shape, ep_offsets* offsets) {
 
 int32_t ep_window_format(uint8_t* window, const ep_shape* shape) {
     if (window == nullptr || !ep_valid(shape)) return EP_INVALID;
-    // Cells, counts and bases must not be anything but 0; rows are written before they are read.
-    memset(window, 0, ep_offsets_of(shape).experts);
     const ep_header header = ep_header_for(*shape);
+    memset(window, 0, header.total_bytes);
     memcpy(window, &header, sizeof header);
     return EP_OK;
 }

@@ -15,10 +15,8 @@ extern "C" uint64_t ep_window_bytes(const ep_shape* shape, ep_offsets* offsets) 
 
 extern "C" int32_t ep_window_format(uint8_t* window, const ep_shape* shape) {
     if (window == nullptr || !ep_valid(shape)) return EP_INVALID;
-    // Cells, counts and bases must not be anything but 0; rows are written before they are read.
-    const uint64_t bytes = ep_offsets_of(shape).experts;
-    if (const cudaError_t error = cudaMemset(window, 0, bytes)) return -error;
     const ep_header header = ep_header_for(*shape);
+    if (const cudaError_t error = cudaMemset(window, 0, header.total_bytes)) return -error;
     if (const cudaError_t error = cudaMemcpy(window, &header, sizeof header, cudaMemcpyHostToDevice)) return -error;
     return -static_cast<int32_t>(cudaDeviceSynchronize());
 }

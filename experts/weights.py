@@ -9,7 +9,6 @@ import mmap
 import sys
 from pathlib import Path
 
-import gguf
 import numpy as np
 import torch
 
@@ -107,6 +106,8 @@ class WeightReader:
 
     def _dequantise_ggml(self, info: TensorInfo) -> torch.Tensor:
         """float32, in the shape of info."""
+        import gguf  # no other file needs it
+
         raw = np.frombuffer(self.map(info.file), dtype=np.uint8, count=info.nbytes, offset=info.offset)
         rows = raw.reshape(*info.shape[:-1], -1)
         try:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from barista.errors import CheckpointError
 from experts.checkpoint.types import DOWNLOAD_AGAIN, TensorInfo
@@ -139,6 +138,8 @@ class _Parser:
         return name, dims, self.scalar("I"), self.scalar("Q")
 
     def tensor(self, name: str, dims: list[int], type_id: int, offset: int) -> TensorInfo:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # no other file needs them
+
         try:
             ggml_type = GGMLQuantizationType(type_id)
         except ValueError as error:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from experts.expert_parallel.library import Library, cpu_library
@@ -63,6 +64,11 @@ class Group:
         self.together.receive()
         return answers
 
+    def close(self) -> None:
+        """Give the windows back: a GPU's are nobody's garbage."""
+        for rank in self.ranks:
+            rank.close()
+
     def feed(self, tokens: Sequence[Tokens]) -> list[tuple[Tensor, Tensor]]:
         return [
             rank.feed(
@@ -116,6 +122,11 @@ def as_it_is(rows: Tensor) -> Tensor:
     return rows
 
 
+def arrival(shape: GroupShape) -> Callable[[Tensor], Tensor]:
+    """What this group's wire does to rows."""
+    return through_fp8 if shape.wire == "fp8" else as_it_is
+
+
 def through_fp8(rows: Tensor) -> Tensor:
     """There and back: e4m3 with one scale for 128 channels, by torch's own casts."""
     codes, scales = quantised(rows)
@@ -135,3 +146,47 @@ def quantised(rows: Tensor) -> tuple[Tensor, Tensor]:
 def same(found: Tensor, wanted: Tensor) -> bool:
     """Byte for byte."""
     return torch.equal(found.view(torch.uint8), wanted.view(torch.uint8))
+
+
+def random_tokens(
+    generator: torch.Generator, num_tokens: int, hidden: int, num_experts: int, top_k: int, dtype: torch.dtype
+) -> Tokens:
+    """Distinct ids, some of them missing."""
+    order = torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1)[:, :top_k].to(torch.int32)
+    missing = torch.rand(order.shape, generator=generator) < 0.1
+    return Tokens(
+        torch.randn(num_tokens, hidden, generator=generator).to(dtype),
+        order.masked_fill(missing, -1).contiguous(),
+        torch.rand(num_tokens, top_k, generator=generator),
+    )
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> tuple[GroupShape, ExpertMap, list[Tokens]]:
+    num_ranks = draw(st.integers(1, 8))
+    num_experts = draw(st.integers(1, 19))
+    top_k = draw(st.integers(1, min(6, num_experts)))
+    wire = draw(st.sampled_from(["values", "fp8"]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    hidden = draw(st.sampled_from([128, 256])) if wire == "fp8" else draw(st.sampled_from([8, 24, 136]))
+    owners = draw(st.lists(st.integers(0, num_ranks - 1), min_size=num_experts, max_size=num_experts))
+    experts = ExpertMap.of(owners, num_ranks)
+    combine = draw(st.sampled_from(["exact", "partial"]))
+    shape = GroupShape(
+        num_ranks=num_ranks,
+        num_experts=num_experts,
+        max_local_experts=experts.most(),
+        top_k=top_k,
+        hidden_size=hidden,
+        max_tokens=draw(st.sampled_from([9, 16])),
+        dtype=dtype,
+        wire=wire,
+        combine=combine,
+        to_all=combine == "partial" and draw(st.booleans()),
+        alignment=draw(st.sampled_from([1, 8])),
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    tokens = [
+        random_tokens(generator, draw(st.integers(0, 9)), hidden, num_experts, top_k, dtype) for _ in range(num_ranks)
+    ]
+    return shape, experts, tokens

@@ -11,53 +11,20 @@ from barista.errors import ConfigError
 from experts.expert_parallel.library import KernelError
 from experts.expert_parallel.shape import ExpertMap, GroupShape
 from experts.expert_parallel.structs import ABORTED, BAD_ID, OVERFLOW, TIMED_OUT, UNREACHABLE
-from tests.unit.expert_parallel import Group, Tokens, an_expert, as_it_is, expected, quantised, same, through_fp8
+from tests.unit.expert_parallel import (
+    Group,
+    Tokens,
+    an_expert,
+    arrival,
+    as_it_is,
+    expected,
+    groups,
+    quantised,
+    random_tokens,
+    same,
+)
 
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def random_tokens(
-    generator: torch.Generator, num_tokens: int, hidden: int, num_experts: int, top_k: int, dtype: torch.dtype
-) -> Tokens:
-    """Distinct ids, some of them missing."""
-    order = torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1)[:, :top_k].to(torch.int32)
-    missing = torch.rand(order.shape, generator=generator) < 0.1
-    return Tokens(
-        torch.randn(num_tokens, hidden, generator=generator).to(dtype),
-        order.masked_fill(missing, -1).contiguous(),
-        torch.rand(num_tokens, top_k, generator=generator),
-    )
-
-
-@st.composite
-def groups(draw: st.DrawFn) -> tuple[GroupShape, ExpertMap, list[Tokens]]:
-    num_ranks = draw(st.integers(1, 8))
-    num_experts = draw(st.integers(1, 19))
-    top_k = draw(st.integers(1, min(6, num_experts)))
-    wire = draw(st.sampled_from(["values", "fp8"]))
-    dtype = draw(st.sampled_from(DTYPES))
-    hidden = draw(st.sampled_from([128, 256])) if wire == "fp8" else draw(st.sampled_from([8, 24, 136]))
-    owners = draw(st.lists(st.integers(0, num_ranks - 1), min_size=num_experts, max_size=num_experts))
-    experts = ExpertMap.of(owners, num_ranks)
-    combine = draw(st.sampled_from(["exact", "partial"]))
-    shape = GroupShape(
-        num_ranks=num_ranks,
-        num_experts=num_experts,
-        max_local_experts=experts.most(),
-        top_k=top_k,
-        hidden_size=hidden,
-        max_tokens=draw(st.sampled_from([9, 16])),
-        dtype=dtype,
-        wire=wire,
-        combine=combine,
-        to_all=combine == "partial" and draw(st.booleans()),
-        alignment=draw(st.sampled_from([1, 8])),
-    )
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    tokens = [
-        random_tokens(generator, draw(st.integers(0, 9)), hidden, num_experts, top_k, dtype) for _ in range(num_ranks)
-    ]
-    return shape, experts, tokens
 
 
 @given(groups())
@@ -68,7 +35,7 @@ def test_every_rank_gets_what_torch_computes(case: tuple[GroupShape, ExpertMap, 
     for _ in range(2):  # the second layer meets what the first has left behind
         answers = group.layer(tokens)
         for mine, (output, failed) in zip(tokens, answers, strict=True):
-            wanted, lost = expected(mine, experts, shape.combine, through_fp8 if shape.wire == "fp8" else as_it_is)
+            wanted, lost = expected(mine, experts, shape.combine, arrival(shape))
             assert same(output, wanted)
             assert torch.equal(failed.bool(), lost)
 
@@ -85,7 +52,7 @@ def test_all_tokens_may_go_to_one_expert(dtype: torch.dtype, wire: str) -> None:
     ]
     group = Group(shape, experts)
     for mine, (output, failed) in zip(tokens, group.layer(tokens), strict=True):
-        wanted, _ = expected(mine, experts, "exact", through_fp8 if wire == "fp8" else as_it_is)
+        wanted, _ = expected(mine, experts, "exact", arrival(shape))
         assert same(output, wanted)
         assert not failed.any()
 
