@@ -1,0 +1,38 @@
+"""The bytes that must move, against figures worked out by hand for DeepSeek-V3 on eight ranks."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.gpu import Line
+from benchmarks.gpu_bytes import Cycle, expected_copies, expert_layer_bytes
+
+COPY = 4.3e12
+
+
+def cycle(tokens_a_rank: int, *, fp8: bool = True) -> Cycle:
+    tokens = 8 * tokens_a_rank
+    copies = round(tokens * expected_copies(8, 256, 8))
+    return Cycle(tokens=tokens, copies=copies, pairs=8 * tokens, hidden=7168, top_k=8, fp8=fp8)
+
+
+def test_a_token_goes_to_as_many_ranks_as_it_must() -> None:
+    assert expected_copies(8, 256, 8) == pytest.approx(5.295, abs=1e-3)
+    assert expected_copies(4, 256, 8) == pytest.approx(3.614, abs=1e-3)
+    assert expected_copies(1, 256, 8) == 1
+
+
+@pytest.mark.parametrize(("tokens", "dispatch", "exact", "partial"), [(128, 12.9, 30.7, 21.5), (2048, 206, 492, 344)])
+def test_floors_are_those_of_the_design(tokens: int, dispatch: float, exact: float, partial: float) -> None:
+    must = cycle(tokens)
+    assert must.dispatch / COPY * 1e6 == pytest.approx(dispatch, rel=0.01)
+    assert must.combine_exact / COPY * 1e6 == pytest.approx(exact, rel=0.01)
+    assert must.combine_partial / COPY * 1e6 == pytest.approx(partial, rel=0.01)
+
+
+def test_one_token_wakes_its_experts_alone() -> None:
+    assert expert_layer_bytes(8, 8, 7168, 2048, 2) == 8 * 3 * 7168 * 2048 * 2 + 8 * 4 * 7168
+
+
+def test_a_line_shows_the_share_of_the_limit() -> None:
+    assert str(Line("dispatch", 128, 20e-6, 10e-6)) == "| dispatch | 128 | 20.0 | 10.0 | 50% |"
