@@ -58,6 +58,11 @@ class GroupConfig:
     threads: int = 1
 
 
+def padded_tokens(num_tokens: int) -> int:
+    """What the workers prepare for: 8, 16, 32, ... so that they have few graphs, each of at most twice the rows."""
+    return max(8, 1 << (num_tokens - 1).bit_length())
+
+
 class ParallelPool:
     """An experts.pool.Transport over child processes. Used by one thread; `close` it.
 
@@ -101,9 +106,10 @@ class ParallelPool:
 
     def begin_step(self, num_tokens: int) -> None:
         """Have every worker run one step, whose layers have at most num_tokens tokens. Before the first layer."""
+        tokens = min(padded_tokens(num_tokens), self._config.max_tokens)
         for worker, _ in self._workers:
             try:
-                worker.tell({"do": "step", "tokens": num_tokens})
+                worker.tell({"do": "step", "tokens": tokens})
             except WorkerLost as lost:
                 self._lost_in_step = str(lost)
 

@@ -58,7 +58,7 @@ class WorkerStep:
     """The worker's end: one step is every MoE layer in its order, with no token of its own.
 
     experts: of each layer. may_capture: whether the layers never ask the host, so that a step becomes a CUDA graph, one
-    for each number of tokens that the engine sends.
+    for each number of rows. The first step of a number runs kernel by kernel, which sets up what a graph may not.
     """
 
     def __init__(self, ranks: Ranks, experts: Mapping[int, Experts], *, may_capture: bool = False) -> None:
@@ -71,19 +71,20 @@ class WorkerStep:
             torch.empty(0, shape.top_k, device=device),
         )
         self._may_capture = may_capture
+        self._has_run: set[int] = set()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def run(self, num_tokens: int) -> None:
         """One step, in which the engine sends at most num_tokens tokens in a layer."""
         rows = self._rows_of(num_tokens)
-        if not self._may_capture:
+        if not self._may_capture or rows not in self._has_run:
             self._run(rows)
+            self._has_run.add(rows)
             return
         if rows not in self._graphs:
-            graph = torch.cuda.CUDAGraph()
+            self._graphs[rows] = graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self._run(rows)
-            self._graphs[rows] = graph
         self._graphs[rows].replay()
 
     def _rows_of(self, num_tokens: int) -> int:
