@@ -15,12 +15,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from barista.cache import cache_root
-from barista.errors import BaristaError, ConfigError
+from barista.cache import MOVE_CACHE, cache_root
+from barista.errors import BaristaError, CacheError, ConfigError
 from experts.expert_parallel.structs import OffsetsStruct, RankStruct, ShapeStruct, StateStruct
 from experts.kernels import compiler
 
-SOURCES = Path(__file__).parents[2] / "cuda"
+SOURCES = Path(__file__).parents[2] / "cuda"  # of a checkout; an installed package has the library instead
+INSTALLED = Path(__file__).parent / "lib" / "cuda.so"
 
 # Code for A100, H100 and H200, and B200, and PTX from which a driver makes it for what came later.
 ARCHITECTURES = ("80", "90a", "100a")
@@ -108,25 +109,38 @@ class Library:
 def cpu_library() -> Library:
     """The CPU twin, compiled if need be. Raises NoCompiler, BaristaError with the compiler's first lines."""
     command = (*compiler.find_compiler(), *_HOST_FLAGS, f"-I{SOURCES}", str(SOURCES / "ep_host.cpp"))
-    return Library("cpu", _built("cpu", command))
+    built = _target("cpu", command)
+    return Library("cpu", built if built.exists() else _compile(built, command))
 
 
 def cuda_path() -> Path:
-    """The kernels for GPUs, compiled if need be. Raises ConfigError without nvcc, BaristaError with its first lines."""
+    """The kernels for GPUs: the installed package's, or compiled if need be.
+
+    Raises ConfigError without nvcc, BaristaError with its first lines, CacheError when the cache cannot be written.
+    """
+    if not SOURCES.is_dir() and INSTALLED.exists():
+        return INSTALLED
+    built = _target("cuda", ())
+    return built if built.exists() else _compile(built, nvcc_command(SOURCES), no_local_memory)
+
+
+def install_cuda(sources: Path) -> Path:
+    """Compile the kernels of a folder into the installed package, for machines without nvcc. Raises as cuda_path."""
+    return _compile(INSTALLED, nvcc_command(sources), no_local_memory)
+
+
+def nvcc_command(sources: Path) -> tuple[str, ...]:
+    """What compiles a folder's kernels, all but the output's name. Raises ConfigError without nvcc."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        built = _target("cuda", ())
-        if built.exists():
-            return built
         raise ConfigError(
             "nvcc was not found, and the GPU kernels are not built yet.",
             "Install the CUDA toolkit 12.8 or newer and put its bin/ on PATH, then run `make cuda`.",
         )
-    sources = sorted(map(str, SOURCES.glob("*.cu")))
-    return _built("cuda", (nvcc, *NVCC_FLAGS, f"-I{SOURCES}", *sources), _no_local_memory)
+    return (nvcc, *NVCC_FLAGS, f"-I{sources}", *sorted(map(str, sources.glob("*.cu"))))
 
 
-def _no_local_memory(log: str) -> None:
+def no_local_memory(log: str) -> None:
     """A kernel that spills, or indexes an array outside of registers, is slow for no reason that its source shows."""
     frames = [line.strip() for line in log.splitlines() if "bytes stack frame" in line]
     bad = [line for line in frames if line != "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"]
@@ -134,19 +148,20 @@ def _no_local_memory(log: str) -> None:
         raise BaristaError(f"ptxas reports local memory, or nothing at all: {bad or log[:500]}")
 
 
-def _built(name: str, command: tuple[str, ...], check: Callable[[str], None] = lambda log: None) -> Path:
-    target = _target(name, () if name == "cuda" else command)
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        unfinished = Path(folder) / target.name
-        done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
-        log = done.stdout + done.stderr
-        if done.returncode:
-            raise BaristaError(f"the kernels cannot be built, `{shlex.join(command)}` failed:\n{log[:2000]}")
-        check(log)
-        unfinished.replace(target)
+def _compile(target: Path, command: tuple[str, ...], check: Callable[[str], None] = lambda log: None) -> Path:
+    """The library appears whole or not at all."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            unfinished = Path(folder) / target.name
+            done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
+            log = done.stdout + done.stderr
+            if done.returncode:
+                raise BaristaError(f"the kernels cannot be built, `{shlex.join(command)}` failed:\n{log[:2000]}")
+            check(log)
+            unfinished.replace(target)
+    except OSError as error:
+        raise CacheError(f"the kernels cannot be written to {target.parent}: {error}.", MOVE_CACHE) from error
     return target
 
 

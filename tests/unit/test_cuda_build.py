@@ -61,11 +61,11 @@ def test_the_twin_needs_neither_cuda_nor_torch(tmp_path: Path) -> None:
 )
 def test_local_memory_is_an_error(log: str) -> None:
     with pytest.raises(BaristaError, match="local memory"):
-        library._no_local_memory(log)
+        library.no_local_memory(log)
 
 
 def test_no_local_memory_is_none() -> None:
-    library._no_local_memory(CLEAN * 3)
+    library.no_local_memory(CLEAN * 3)
 
 
 def test_without_nvcc_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -74,6 +74,18 @@ def test_without_nvcc_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(ConfigError, match="nvcc was not found") as refused:
         library.cuda_path()
     assert "make cuda" in refused.value.remedy
+
+
+def test_an_installed_package_has_its_library_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    installed = tmp_path / "lib" / "cuda.so"
+    monkeypatch.setattr(library, "INSTALLED", installed)
+    monkeypatch.setattr(library, "_compile", lambda target, command, check: target)
+    if shutil.which("nvcc"):
+        assert library.install_cuda(CUDA) == installed
+    installed.parent.mkdir()
+    installed.touch()
+    monkeypatch.setattr(library, "SOURCES", tmp_path / "no-checkout")
+    assert library.cuda_path() == installed
 
 
 def test_a_gpu_that_is_too_old_is_refused_by_name() -> None:
