@@ -90,7 +90,8 @@ def assemble(config: ServeConfig, path: Path, keys: Keys, url: str, child: Engin
 
 def format_choice(config: ServeConfig, path: Path) -> FormatChoice:
     """The weights' format, decided once for engine and workers. What is not this machine's memory decides nothing."""
-    elsewhere = config.pool is not None or (config.has_pool and bool(os.environ.get(RAY_ADDRESS)))
+    on_workers = config.pool is not None or (config.has_pool and bool(os.environ.get(RAY_ADDRESS)))
+    elsewhere = on_workers or config.device != "cpu"
     checkpoint = open_checkpoint(path)
     spec = model_spec(checkpoint.config)
     check_names(trunk_tensors(spec) | expert_tensors(spec), checkpoint, ignored_tensors(spec))
@@ -143,6 +144,7 @@ def engine_config(config: ServeConfig, path: Path, eos_token_ids: tuple[int, ...
     return EngineConfig(
         path=str(path),
         eos_token_ids=eos_token_ids,
+        device=config.device,
         format=config.format,
         threads=config.threads,
         expert_memory=config.expert_memory,

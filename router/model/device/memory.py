@@ -1,0 +1,69 @@
+"""Which device there is, what a model takes of its memory, and what is left for the KV cache."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from barista.cache import size
+from barista.errors import ConfigError
+from experts.checkpoint import Checkpoint
+from experts.expert_model import expert_groups
+from experts.formats import BYTES_PER_VALUE, FP8, PLAIN, Holding, forms_of
+from router.model.packed import expert_layers
+from router.model.spec import ModelSpec
+from router.model.tensors import expert_tensors, trunk_tensors
+
+# Kept free beside weights and cache for what a step works in: gathered keys, logits, CUDA graphs, cuBLAS's workspace.
+LEAST_RESERVE = 2**30
+RESERVED_SHARE = 10  # a tenth of the device
+
+
+def cuda_device() -> torch.device:
+    """The process's first GPU, set to sum in float32. Raises ConfigError where torch cannot use one."""
+    if torch.version.cuda is None:
+        raise ConfigError(
+            f"device is 'cuda', but torch {torch.__version__} is built for CPUs alone.",
+            "Install a build of torch for CUDA, or give --device cpu.",
+        )
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "device is 'cuda', but no NVIDIA GPU is in reach of this process.",
+            "See what nvidia-smi and CUDA_VISIBLE_DEVICES say, or give --device cpu.",
+        )
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    return torch.device("cuda", 0)
+
+
+def device_format(weight_format: str) -> str:
+    """How a device holds the experts of a model that is held so (Holding.format): fp8, or plain for anything else."""
+    return weight_format if weight_format == FP8.name else PLAIN
+
+
+def device_bytes(checkpoint: Checkpoint, spec: ModelSpec, held: Holding) -> int:
+    """Bytes of all weights on a device: the trunk in the model's dtype, the experts in FP8 if they are held so."""
+    experts = forms_of(checkpoint, expert_groups(expert_layers(spec)), device_format(held.format))
+    shapes = trunk_tensors(spec) | expert_tensors(spec)
+    return sum(
+        experts[name].nbytes(shape) if name in experts else math.prod(shape) * BYTES_PER_VALUE[held.dtype]
+        for name, shape in shapes.items()
+    )
+
+
+def require_room_on_device(checkpoint: Checkpoint, spec: ModelSpec, held: Holding, free: int) -> None:
+    """Raises ConfigError unless the weights fit into `free` bytes of the device."""
+    needed = device_bytes(checkpoint, spec, held)
+    if needed > free:
+        raise ConfigError(
+            f"{checkpoint.path} needs {size(needed)} of a GPU's memory in {held.name}; {size(free)} are free.",
+            "Take a smaller model or a larger GPU, or give --device cpu.",
+        )
+
+
+def kv_budget(free: int, total: int, wanted: int) -> int:
+    """Bytes of the KV cache that nobody gave a size: as many as may ever be wanted, but never those that steps need.
+
+    free, total: bytes of the device once the weights are there (torch.cuda.mem_get_info).
+    """
+    return max(0, min(wanted, free - max(LEAST_RESERVE, total // RESERVED_SHARE)))
