@@ -12,6 +12,8 @@ from router.request import Sequence
 from router.scheduler import Scheduler
 
 BLOCK = 4
+PROMPTS = [[3, 17, 90, 41, 5, 77, 23, 8, 64, 110, 12], [9, 8, 7], [100], [30 + i for i in range(29)]]
+FORCED = [[50, 60, 70, 80], [11, 12], [13, 14, 15, 16, 17], [2]]
 
 
 def logits_of(

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from experts import kernels
 from experts.checkpoint import open_checkpoint
+from experts.device.stacks import PlainStack
 from experts.spec import GateSpec
 from router.model.device.layers import DeviceGate
 from router.model.load import load_model
-from tests import tiny
+from tests import packable, tiny
 from tests.device_models import device_model
 from tests.forced import logits_of
 
@@ -66,3 +67,16 @@ def test_in_bfloat16_logits_differ_by_rounding_alone(family: str, tmp_path: Path
     ours, wanted = (torch.cat(logits_of(model, prompts, forced, 8)) for model in models)
     assert ours.dtype is torch.float32
     assert (ours - wanted).norm() / wanted.norm() < 0.02
+
+
+def test_experts_in_fp8_give_the_logits_of_what_fp8_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packable.own_cache(tmp_path / "cache", monkeypatch)
+    directory = packable.make("deepseek_v3", tmp_path / "model")
+    prompts, forced = [[3, 17, 90, 41, 5, 77, 6, 2, 30], [9, 8, 7]], [[50, 60], [11, 12]]
+    held = device_model(directory, weight_format="fp8")
+    ours = torch.cat(logits_of(held, prompts, forced, 8))
+    monkeypatch.setattr("experts.device.stacks.Fp8Stack", PlainStack)
+    wanted = torch.cat(logits_of(device_model(directory, weight_format="fp8"), prompts, forced, 8))
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=2e-5)
+    exact = torch.cat(logits_of(device_model(directory), prompts, forced, 8))
+    assert not torch.allclose(ours, exact, rtol=1e-4, atol=2e-5)

@@ -9,10 +9,7 @@ from experts.checkpoint import open_checkpoint
 from router.model.load import Model, load_model
 from tests import tiny
 from tests.device_models import device_model, run_again
-from tests.forced import logits_of
-
-PROMPTS = [[3, 17, 90, 41, 5, 77, 23, 8, 64, 110, 12], [9, 8, 7], [100], [30 + i for i in range(29)]]
-FORCED = [[50, 60, 70, 80], [11, 12], [13, 14, 15, 16, 17], [2]]
+from tests.forced import FORCED, PROMPTS, logits_of
 
 
 @pytest.fixture(scope="module", params=sorted(tiny.FAMILIES))

@@ -10,7 +10,7 @@ import torch
 from experts.checkpoint import open_checkpoint
 from router.model.load import load_model
 from tests import tiny
-from tests.forced import logits_of
+from tests.forced import FORCED, PROMPTS, logits_of
 
 TOLERANCE = 1e-4
 
@@ -24,10 +24,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     directory: Path = tmp_path_factory.mktemp(request.param)
     theirs = tiny.make(request.param, directory)
     return load_model(open_checkpoint(directory), torch.float32), theirs
-
-
-PROMPTS = [[3, 17, 90, 41, 5, 77, 23, 8, 64, 110, 12], [9, 8, 7], [100], [30 + i for i in range(29)]]
-FORCED = [[50, 60, 70, 80], [11, 12], [13, 14, 15, 16, 17], [2]]
 
 
 def expected(theirs: torch.nn.Module, prompt: list[int], forced: list[int]) -> torch.Tensor:
