@@ -118,8 +118,23 @@ def test_the_grouped_product_equals_the_loop(dtype: torch.dtype, lengths: list[i
     )
 
 
-def test_the_cpu_loops() -> None:
-    assert not has_grouped_product(CPU, torch.bfloat16, (64, 64))
+@pytest.mark.parametrize(
+    ("device", "generation", "dtype", "widths", "grouped"),
+    [
+        ("cuda", (9, 0), torch.bfloat16, (64, 40), True),
+        ("cuda", (10, 0), torch.bfloat16, (64, 40), True),
+        ("cuda", (8, 9), torch.bfloat16, (64, 40), False),
+        ("cuda", (9, 0), torch.float32, (64, 40), False),
+        ("cuda", (9, 0), torch.bfloat16, (64, 12), False),
+        ("cpu", (9, 0), torch.bfloat16, (64, 40), False),
+    ],
+)
+def test_experts_are_grouped_where_torch_has_a_kernel_for_it(
+    device: str, generation: tuple[int, int], dtype: torch.dtype, widths: tuple[int, int], grouped: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
+    assert has_grouped_product(torch.device(device), dtype, widths) is grouped
 
 
 def test_experts_of_different_shapes_are_refused() -> None:

@@ -167,3 +167,21 @@ def test_a_size_is_captured_once_for_each_cache(tmp_path: Path) -> None:
 def test_the_slot_of_padding_is_in_a_block_of_its_own(models: tuple[Model, Model]) -> None:
     cache = models[0].trunk.allocate_cache(NUM_BLOCKS, BLOCK)
     assert nowhere(cache) // BLOCK == NUM_BLOCKS
+
+
+def test_padding_stays_finite_whatever_the_model_makes_of_token_0_and_others_have_left(tmp_path: Path) -> None:
+    theirs = tiny.make("qwen3_moe", tmp_path)
+    with torch.no_grad():
+        theirs.model.embed_tokens.weight[0] = float("nan")
+    theirs.save_pretrained(tmp_path)
+    logits = []
+    for capture in (None, run_again):
+        trunk = device_model(tmp_path, capture=capture).trunk
+        cache = trunk.allocate_cache(NUM_BLOCKS, BLOCK)
+        cache[:, :, 0] = float("nan")
+        batch = decode_of([[1, 2, 3], [4, 5, 6], [7, 8, 9]], [1, 2, 3], [0, 1, 2])
+        with torch.inference_mode():
+            for _ in range(2):  # the second step reads what the first one's padding has written
+                logits.append(trunk.forward(batch, cache, 0)[0])
+    assert all(row.isfinite().all() for row in logits)
+    torch.testing.assert_close(logits[3], logits[1], rtol=1e-5, atol=1e-5)

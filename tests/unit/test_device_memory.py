@@ -33,6 +33,18 @@ def test_a_missing_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         cuda_device()
 
 
+def test_a_gpu_sums_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    products = torch.backends.cuda.matmul
+    before = products.allow_bf16_reduced_precision_reduction
+    try:
+        assert cuda_device() == torch.device("cuda", 0)
+        assert not products.allow_bf16_reduced_precision_reduction
+    finally:
+        products.allow_bf16_reduced_precision_reduction = before
+
+
 @given(free=BYTES, total=BYTES, wanted=BYTES)
 def test_the_cache_leaves_room_for_steps(free: int, total: int, wanted: int) -> None:
     budget = kv_budget(free, total, wanted)
