@@ -17,6 +17,7 @@ from router.announce import Announcement
 from router.api.app import create_app
 from router.api.settings import ApiSettings
 from router.chat_template import ChatTemplate
+from router.device_memory import on_device
 from router.engine_process import EngineChild, EngineProcess
 from router.engine_sources import engine_source
 from router.engines import Engines
@@ -79,6 +80,7 @@ def assemble(config: ServeConfig, path: Path, keys: Keys, url: str, child: Engin
         model_id=model_id(config),
         path=path,
         format=str(choice),
+        device="" if config.device == "cpu" else config.device,
         threads=config.threads,
         has_chat=chat_template is not None,
         workers=workers_line(config),
@@ -99,7 +101,7 @@ def format_choice(config: ServeConfig, path: Path) -> FormatChoice:
     choice = choose_format(checkpoint, spec, config.format, free, config.expert_memory)
     if choice.reason:
         log.warning("Weights are held in %s.", choice)
-    return choice
+    return choice if config.device == "cpu" else replace(choice, held=on_device(choice.held))
 
 
 def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from experts.checkpoint import open_checkpoint
-from router.model.device.graphs import Outputs
 from router.model.device.load import load_device_model
 from router.model.load import Model
 
 CPU = torch.device("cpu")
 
 
-def run_again(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+def run_again(run: Callable[[], None]) -> Callable[[], None]:
     """What capturing a CUDA graph is on the CPU."""
     return run
 

@@ -14,12 +14,12 @@ from experts.checkpoint import Checkpoint
 from experts.formats import Holding
 from experts.numerics import device_numerics_id, numerics_id
 from experts.remote import PoolConfig
+from router.device_memory import kv_budget, on_device, require_room_on_device
 from router.engine.core import default_kv_bytes, kv_bytes_per_token
 from router.expert_memory import check_expert_memory, require_room_for_experts
 from router.memory import require_room_for_trunk
 from router.messages import EngineConfig
 from router.model.device.load import load_device_model
-from router.model.device.memory import device_format, kv_budget, require_room_on_device
 from router.model.families import model_spec
 from router.model.load import Model, Progress, load_model
 
@@ -63,15 +63,14 @@ def load_on_cuda(
     config: EngineConfig, checkpoint: Checkpoint, held: Holding, report: Progress, device: torch.device
 ) -> Loaded:
     """The whole model on one GPU. Raises BaristaError."""
-    spec = model_spec(checkpoint.config)
-    require_room_on_device(checkpoint, spec, held, torch.cuda.mem_get_info(device)[0])
+    held = on_device(held)
+    require_room_on_device(checkpoint, model_spec(checkpoint.config), held, torch.cuda.mem_get_info(device)[0])
     dtype = getattr(torch, held.dtype)
     model = load_device_model(checkpoint, dtype, device, config.max_model_len, report, weight_format=held.format)
     torch.cuda.empty_cache()  # what loading needed beside the weights
     free, total = torch.cuda.mem_get_info(device)
     wanted = config.max_num_seqs * model.trunk.max_len * kv_bytes_per_token(model)
-    numerics = device_numerics_id(device, dtype, device_format(held.format))
-    return Loaded(model, numerics, free, kv_budget(free, total, wanted))
+    return Loaded(model, device_numerics_id(device, dtype, held.format), free, kv_budget(free, total, wanted))
 
 
 def _check_expert_memory(checkpoint: Checkpoint, held: Holding, limit: int) -> None:

@@ -36,7 +36,7 @@ from router.messages import (
     decode_config,
     encode,
 )
-from router.model.device.memory import cuda_device
+from router.model.device.cuda import cuda_device
 from router.model.load import Model
 from router.scheduler import Scheduler
 

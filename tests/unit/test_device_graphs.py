@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from router.kv_cache.storage import nowhere
 from router.model.batch import Batch
-from router.model.device.graphs import MAX_ROWS, Outputs, blank, pack, padded_rows, padded_width, unpack
+from router.model.device.graphs import MAX_ROWS, blank, pack, padded_rows, padded_width, unpack
 from router.model.load import Model
 from router.model.spec import MoESpec
 from tests import tiny
@@ -147,7 +147,7 @@ def test_a_packed_batch_begins_with_its_rows_and_ends_with_padding() -> None:
 def test_a_size_is_captured_once_for_each_cache(tmp_path: Path) -> None:
     captured = []
 
-    def capture(run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+    def capture(run: Callable[[], None]) -> Callable[[], None]:
         captured.append(run)
         return run
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from barista.errors import ConfigError
 from experts.checkpoint import open_checkpoint
 from experts.formats import Holding
-from router.model.device.memory import LEAST_RESERVE, cuda_device, device_bytes, kv_budget, require_room_on_device
+from router.device_memory import LEAST_RESERVE, device_bytes, kv_budget, on_device, require_room_on_device
+from router.model.device.cuda import cuda_device
 from router.model.families import model_spec
 from router.model.tensors import count_parameters, trunk_tensors
 from tests import tiny
@@ -63,7 +64,7 @@ def test_weights_take_their_dtype(tmp_path: Path, dtype: str, size: int, weight_
     checkpoint = open_checkpoint(tmp_path)
     spec = model_spec(checkpoint.config)
     total, _ = count_parameters(spec)
-    assert device_bytes(checkpoint, spec, Holding(dtype, weight_format)) == total * size
+    assert device_bytes(checkpoint, spec, on_device(Holding(dtype, weight_format))) == total * size
 
 
 def test_fp8_takes_a_byte_and_its_scales_for_experts_alone(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_fp8_takes_a_byte_and_its_scales_for_experts_alone(tmp_path: Path) -> No
     spec = model_spec(checkpoint.config)
     trunk = sum(torch.Size(shape).numel() for shape in trunk_tensors(spec).values())
     experts, matrices = count_parameters(spec)[0] - trunk, 3 * 3 * spec.num_experts
-    assert device_bytes(checkpoint, spec, Holding("float32", "fp8")) == trunk * 4 + experts + matrices * 4
+    assert device_bytes(checkpoint, spec, on_device(Holding("float32", "fp8"))) == trunk * 4 + experts + matrices * 4
 
 
 def test_a_model_too_large_is_refused_with_what_it_needs(tmp_path: Path) -> None:

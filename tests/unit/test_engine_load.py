@@ -10,10 +10,10 @@ import torch
 from barista.errors import ConfigError
 from experts.checkpoint import open_checkpoint
 from experts.formats import Holding
+from router.device_memory import LEAST_RESERVE
 from router.engine.core import kv_bytes_per_token
 from router.engine.load import Loaded, load_on_cuda
 from router.messages import EngineConfig
-from router.model.device.memory import LEAST_RESERVE
 from tests import tiny
 from tests.device_models import CPU
 

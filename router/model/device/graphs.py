@@ -17,8 +17,8 @@ from router.model.device.contexts import runs_of
 from router.model.device.rows import StepInputs
 
 Outputs = tuple[Tensor, Tensor]  # logits [num_rows, vocab] float32 and failed [num_rows] bool
-# From a function of no arguments to one that repeats it: the same kernels at the same addresses.
-Capture = Callable[[Callable[[], Outputs]], Callable[[], Outputs]]
+# From a function to one that repeats it: the same kernels at the same addresses.
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 MAX_ROWS = 256  # of a graph; a larger step takes so long that launching it kernel by kernel costs little
 _LEAST_WIDTH = 16  # blocks
@@ -64,7 +64,7 @@ class _Graph:
     """packed: what it reads, on the device."""
 
     packed: Tensor
-    replay: Callable[[], Outputs]
+    replay: Callable[[], None]
 
 
 class GraphedDecode:
@@ -75,6 +75,7 @@ class GraphedDecode:
         compute: Callable[[StepInputs], Outputs],
         capture: Capture,
         *,
+        vocab_size: int,
         block_size: int,
         max_width: int,
         nowhere: int,
@@ -83,6 +84,9 @@ class GraphedDecode:
         self._compute, self._capture = compute, capture
         self._block_size, self._max_width, self._nowhere = block_size, max_width, nowhere
         self._device = device
+        # All graphs write here: outputs of their own would add up to gigabytes.
+        self._logits = torch.empty(MAX_ROWS, vocab_size, device=device)
+        self._failed = torch.empty(MAX_ROWS, dtype=torch.bool, device=device)
         self._graphs: dict[tuple[int, int], _Graph] = {}
 
     def __call__(self, batch: Batch) -> Outputs:
@@ -93,13 +97,19 @@ class GraphedDecode:
         if graph is None:
             graph = self._graphs[shape] = self._captured(*shape)
         graph.packed.copy_(pack(batch, *shape, self._block_size, self._nowhere))
-        logits, failed = graph.replay()
-        return logits[:num_rows], failed[:num_rows]
+        graph.replay()
+        return self._logits[:num_rows], self._failed[:num_rows]
 
     def _captured(self, num_rows: int, width: int) -> _Graph:
         """Captured over padding alone, so that what runs meanwhile touches no sequence and counts no token."""
         packed = blank(num_rows, width, self._block_size, self._nowhere).to(self._device)
-        return _Graph(packed, self._capture(lambda: self._compute(unpack(packed, self._block_size))))
+
+        def run() -> None:
+            logits, failed = self._compute(unpack(packed, self._block_size))
+            self._logits[:num_rows].copy_(logits)
+            self._failed[:num_rows].copy_(failed)
+
+        return _Graph(packed, self._capture(run))
 
 
 class CudaCapture:
@@ -109,7 +119,7 @@ class CudaCapture:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, run: Callable[[], Outputs]) -> Callable[[], Outputs]:
+    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         """Run once on a stream of its own, so that what kernels set up at their first call is not captured."""
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -118,10 +128,5 @@ class CudaCapture:
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            outputs = run()
-
-        def replay() -> Outputs:
-            graph.replay()
-            return outputs
-
-        return replay
+            run()
+        return graph.replay

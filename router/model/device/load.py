@@ -16,7 +16,6 @@ from experts.packed.convert import prepare
 from experts.transport.device import DeviceTransport
 from experts.weights import WeightReader
 from router.model.device.graphs import Capture, CudaCapture
-from router.model.device.memory import device_format
 from router.model.device.trunk import DeviceTrunk
 from router.model.families import model_spec
 from router.model.load import TRUNK_AT, Model, Progress
@@ -37,7 +36,8 @@ def load_device_model(
 ) -> Model:
     """Copy every tensor that the model needs to the device: in the model's dtype, but experts in FP8 if that is asked.
 
-    max_len, on_progress: as of router.model.load.load_model. weight_format: as in `Holding`. capture: of decode steps;
+    max_len, on_progress: as of router.model.load.load_model. weight_format: as in
+    `Holding`, of router.device_memory.on_device. capture: of decode steps;
     None: CUDA graphs, where the device has them and its experts never wait for the host.
     Raises CheckpointError: an unknown architecture, a missing, unexpected or misshapen tensor; CacheError: there is no
     room to pack FP8.
@@ -46,7 +46,7 @@ def load_device_model(
     shapes = trunk_tensors(spec)
     check_names(shapes | expert_tensors(spec), checkpoint, ignored_tensors(spec))
     report = on_progress or (lambda fraction, message: None)
-    transport = _transport(spec, checkpoint, model_dtype, device, device_format(weight_format), report)
+    transport = _transport(spec, checkpoint, model_dtype, device, weight_format, report)
     pool = DevicePool(transport, spec.num_layers, spec.num_experts, device) if spec.num_experts else None
     if capture is None and device.type == "cuda" and transport.capturable:
         capture = CudaCapture(device)

@@ -58,7 +58,7 @@ class DeviceTrunk:
         else:
             wanted = batch.sample_rows.to(self.device)
             logits, failed = self._compute(to_device(batch, self.device), cache, step, wanted)
-        return logits.cpu(), failed.cpu()
+        return logits.to("cpu", copy=True), failed.to("cpu", copy=True)  # the next step overwrites a graph's outputs
 
     def _decode(self, capture: Capture, cache: Tensor) -> GraphedDecode:
         """The graphs over this cache, whose address is part of them."""
@@ -67,6 +67,7 @@ class DeviceTrunk:
             graphs = GraphedDecode(
                 lambda inputs: self._compute(inputs, cache, 0, None),
                 capture,
+                vocab_size=self.spec.vocab_size,
                 block_size=block_size,
                 max_width=-(-self.max_len // block_size),
                 nowhere=nowhere(cache),

@@ -1,10 +1,8 @@
-"""Which device there is, what a model takes of its memory, and what is left for the KV cache."""
+"""How a GPU holds a model, how much of its memory that takes, and what is left for the KV cache. Torch-free."""
 
 from __future__ import annotations
 
 import math
-
-import torch
 
 from barista.cache import size
 from barista.errors import ConfigError
@@ -20,30 +18,14 @@ LEAST_RESERVE = 2**30
 RESERVED_SHARE = 10  # a tenth of the device
 
 
-def cuda_device() -> torch.device:
-    """The process's first GPU, set to sum in float32. Raises ConfigError where torch cannot use one."""
-    if torch.version.cuda is None:
-        raise ConfigError(
-            f"device is 'cuda', but torch {torch.__version__} is built for CPUs alone.",
-            "Install a build of torch for CUDA, or give --device cpu.",
-        )
-    if not torch.cuda.is_available():
-        raise ConfigError(
-            "device is 'cuda', but no NVIDIA GPU is in reach of this process.",
-            "See what nvidia-smi and CUDA_VISIBLE_DEVICES say, or give --device cpu.",
-        )
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    return torch.device("cuda", 0)
-
-
-def device_format(weight_format: str) -> str:
-    """How a device holds the experts of a model that is held so (Holding.format): fp8, or plain for anything else."""
-    return weight_format if weight_format == FP8.name else PLAIN
+def on_device(held: Holding) -> Holding:
+    """How a device holds a model that memory would hold so: experts may be in FP8, all else is in the rows' dtype."""
+    return held if held.format == FP8.name else Holding(held.dtype, PLAIN)
 
 
 def device_bytes(checkpoint: Checkpoint, spec: ModelSpec, held: Holding) -> int:
-    """Bytes of all weights on a device: the trunk in the model's dtype, the experts in FP8 if they are held so."""
-    experts = forms_of(checkpoint, expert_groups(expert_layers(spec)), device_format(held.format))
+    """Bytes of all weights on a device. held: of on_device."""
+    experts = forms_of(checkpoint, expert_groups(expert_layers(spec)), held.format)
     shapes = trunk_tensors(spec) | expert_tensors(spec)
     return sum(
         experts[name].nbytes(shape) if name in experts else math.prod(shape) * BYTES_PER_VALUE[held.dtype]
