@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -25,6 +29,7 @@ from tests import tiny
 from tests.device_models import device_model, run_again
 from tests.engines import answer, engine_on, request
 from tests.forced import FORCED, PROMPTS, logits_of
+from tests.unit.tiny_model import write_tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -140,3 +145,23 @@ def test_house_blends_greedy_text_is_that_of_the_cpu() -> None:
     ]
     wanted = answer(engine_on(load_model(open_checkpoint(path), torch.float32)), submits)
     assert answer(engine_on(device_model(path, device=GPU)), submits).tokens == wanted.tokens
+
+
+def test_serve_answers_from_a_gpu_what_it_answers_from_the_cpu(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny")
+    assert served_text(model, "--device", "cuda") == served_text(model)
+
+
+def served_text(model: Path, *flags: str) -> str:
+    """What a server of the model answers to one prompt, greedily."""
+    command = [sys.executable, "-m", "router.cli", "serve", str(model), "--port", "0", "--json", *flags]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            url = json.loads(server.stdout.readline())["url"]
+            body = {"prompt": "a latte", "max_tokens": 8, "temperature": 0}
+            answer = httpx.post(f"{url}/v1/completions", json=body, trust_env=False, timeout=60)
+            text: str = answer.json()["choices"][0]["text"]
+            return text
+        finally:
+            server.terminate()

@@ -65,7 +65,7 @@ class DeviceTrunk:
         if self._graphed is None or self._graphed[0] is not cache:
             block_size = cache.shape[3]
             graphs = GraphedDecode(
-                lambda inputs: self._compute(inputs, cache, 0, None),
+                lambda inputs: self._compute(inputs, cache, 0, None),  # of no step in particular: it is repeated
                 capture,
                 vocab_size=self.spec.vocab_size,
                 block_size=block_size,
