@@ -50,11 +50,17 @@ def weights(dtype: torch.dtype) -> list[ExpertWeights]:
     return [tuple(draw(*shape) for shape in shapes) for _ in range(NUM_EXPERTS)]  # type: ignore[misc]
 
 
+@pytest.fixture
+def hopper() -> None:
+    """Experts are computed in one kernel, so that a step may be a CUDA graph."""
+    if not has_grouped_product(GPU, torch.bfloat16, (HIDDEN, INTERMEDIATE)):
+        pytest.skip("a GPU before Hopper loops over the experts")
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("lengths", [[4, 0, 3, 1, 0, 0, 7, 2], [0] * 8, [0, 0, 0, 0, 0, 0, 0, 90], [16] * 8])
 @pytest.mark.parametrize("padding", [0, 5])
 def test_the_grouped_product_equals_the_loop(lengths: list[int], padding: int) -> None:
-    if not has_grouped_product(GPU, torch.bfloat16, (HIDDEN, INTERMEDIATE)):
-        pytest.skip("a GPU before Hopper loops")
     held = stack([(gate, up) for gate, up, _ in weights(torch.bfloat16)], GPU, torch.bfloat16)
     rows = torch.randn(sum(lengths) + padding, HIDDEN).to(GPU, torch.bfloat16)
     ends = torch.tensor(lengths).cumsum(0, dtype=torch.int32).to(GPU)
@@ -91,49 +97,48 @@ def test_logits_in_float32_equal_the_cpu_kernels(family: str, max_tokens_per_ste
     torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=2e-4)
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "glm4_moe", "llama"])
 def test_a_replayed_graph_gives_the_bytes_of_its_kernels(family: str, tmp_path: Path) -> None:
     """Of the same padded step, kernel by kernel. Some graphs are replayed often, with others in between."""
     tiny.make(family, tmp_path)
-    captured = device_model(tmp_path, torch.bfloat16, GPU)
-    if captured.trunk._capture is None:  # type: ignore[attr-defined]
-        pytest.skip("the experts of a GPU before Hopper wait for the host, so their steps are not captured")
-    again = device_model(tmp_path, torch.bfloat16, GPU, capture=run_again)
-    for ours, wanted in zip(*(logits_of(model, PROMPTS, FORCED, 9) for model in (captured, again)), strict=True):
-        assert torch.equal(ours, wanted)
+    models = device_model(tmp_path, torch.bfloat16, GPU), device_model(tmp_path, torch.bfloat16, GPU, capture=run_again)
+    ours, wanted = (torch.cat(logits_of(model, PROMPTS, FORCED, 9)) for model in models)
+    assert torch.equal(ours, wanted)
 
 
+@pytest.mark.usefixtures("hopper")
 def test_a_graph_counts_the_tokens_of_experts_at_each_replay(tmp_path: Path) -> None:
     tiny.make("qwen3_moe", tmp_path)
     counts = []
     for capture in (CudaCapture(GPU), run_again):
         model = device_model(tmp_path, torch.bfloat16, GPU, capture=capture)
-        if model.pool is None or not has_grouped_product(GPU, torch.bfloat16, (64, 40)):
-            pytest.skip("a GPU before Hopper loops")
-        answer(engine_on(model), [request("a", [5, 6, 7], max_tokens=9, temperature=0)])
-        counts.append(model.pool.expert_tokens.sum(dim=1).tolist())
+        engine = engine_on(model)
+        answer(engine, [request("a", [5, 6, 7], max_tokens=9, temperature=0)])
+        counts.append(torch.tensor(engine.stats().expert_tokens).sum(dim=1).tolist())
     assert counts[0] == counts[1]
 
 
+@pytest.mark.usefixtures("hopper")
 def test_a_decode_step_never_waits_for_the_gpu(tmp_path: Path) -> None:
-    """Until its logits are copied: capturing forbids what waits, and so does this, whatever is captured."""
+    """Until its logits are copied."""
     tiny.make("deepseek_v3", tmp_path)
-    if not has_grouped_product(GPU, torch.bfloat16, (64, 40)):
-        pytest.skip("a GPU before Hopper loops")
-
-    def strictly(run: Callable[[], None]) -> Callable[[], None]:
-        def replay() -> None:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                run()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-
-        return replay
-
     model = device_model(tmp_path, torch.bfloat16, GPU, capture=strictly)
     recorder = answer(engine_on(model), [request("a", [5, 6, 7], max_tokens=9, temperature=0)])
     assert len(recorder.tokens["a"]) == 9
+
+
+def strictly(run: Callable[[], None]) -> Callable[[], None]:
+    """A Capture that runs again, and raises where that waits for the GPU."""
+
+    def replay() -> None:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return replay
 
 
 def test_house_blends_greedy_text_is_that_of_the_cpu() -> None:

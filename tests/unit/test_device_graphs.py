@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from router.kv_cache.storage import nowhere
 from router.model.batch import Batch
@@ -185,3 +186,31 @@ def test_padding_stays_finite_whatever_the_model_makes_of_token_0_and_others_hav
                 logits.append(trunk.forward(batch, cache, 0)[0])
     assert all(row.isfinite().all() for row in logits)
     torch.testing.assert_close(logits[3], logits[1], rtol=1e-5, atol=1e-5)
+
+
+def without_values(run: Callable[[], None]) -> Callable[[], None]:
+    """A Capture that, as CUDA's, refuses what would wait for a value: it runs on tensors that have none."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        run()
+    return run
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_a_decode_step_asks_the_device_for_no_value(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("experts.device.experts.has_grouped_product", lambda *_: True)
+    tiny.make(family, tmp_path)
+    trunk = device_model(tmp_path, torch.bfloat16, capture=without_values).trunk
+    batch = decode_of([[0, 1, 2], [3, 4, 5], [6, 7, 8]], [1, 2, 3], [0, 2])
+    with torch.inference_mode():
+        logits, _ = trunk.forward(batch, trunk.allocate_cache(NUM_BLOCKS, BLOCK), 0)
+    assert logits.isfinite().all()
+
+
+def test_a_loop_over_experts_asks_for_values(tmp_path: Path) -> None:
+    """So DeviceExperts.capturable is False for it."""
+    tiny.make("qwen3_moe", tmp_path)
+    trunk = device_model(tmp_path, capture=without_values).trunk
+    with torch.inference_mode(), pytest.raises(DataDependentOutputException):
+        trunk.forward(decode_of([[0, 1, 2]], [1], [0]), trunk.allocate_cache(NUM_BLOCKS, BLOCK), 0)
