@@ -26,7 +26,7 @@ from router.model.load import load_model
 from router.models import prepare_built_in
 from router.tokenizer import Tokenizer
 from tests import tiny
-from tests.device_models import device_model, run_again
+from tests.device_models import device_model, expert_weights, run_again
 from tests.engines import answer, engine_on, request
 from tests.forced import FORCED, PROMPTS, logits_of
 from tests.unit.tiny_model import write_tiny_model
@@ -41,13 +41,7 @@ NUM_EXPERTS, HIDDEN, INTERMEDIATE = 8, 256, 128
 
 
 def weights(dtype: torch.dtype) -> list[ExpertWeights]:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(out: int, width: int) -> torch.Tensor:
-        return (torch.randn(out, width, generator=generator) * width**-0.5).to(dtype)
-
-    shapes = ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
-    return [tuple(draw(*shape) for shape in shapes) for _ in range(NUM_EXPERTS)]  # type: ignore[misc]
+    return expert_weights(NUM_EXPERTS, HIDDEN, INTERMEDIATE, dtype)
 
 
 @pytest.fixture
@@ -58,8 +52,10 @@ def hopper() -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("lengths", [[4, 0, 3, 1, 0, 0, 7, 2], [0] * 8, [0, 0, 0, 0, 0, 0, 0, 90], [16] * 8])
-@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize(
+    ("lengths", "padding"),
+    [([4, 0, 3, 1, 0, 0, 7, 2], 0), ([4, 0, 3, 1, 0, 0, 7, 2], 5), ([0] * 7 + [90], 0), ([16] * 8, 0), ([0] * 8, 5)],
+)
 def test_the_grouped_product_equals_the_loop(lengths: list[int], padding: int) -> None:
     held = stack([(gate, up) for gate, up, _ in weights(torch.bfloat16)], GPU, torch.bfloat16)
     rows = torch.randn(sum(lengths) + padding, HIDDEN).to(GPU, torch.bfloat16)

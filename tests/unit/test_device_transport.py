@@ -15,20 +15,14 @@ from experts.kernels.expert_table import ExpertWeights
 from experts.pool import DispatchBatch, ExpertPool
 from experts.transport.device import DeviceTransport
 from experts.transport.local import LocalTransport
+from tests.device_models import CPU, expert_weights
 
-CPU = torch.device("cpu")
 LAYER, NUM_EXPERTS, HIDDEN, INTERMEDIATE = 3, 6, 32, 24
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def weights(dtype: torch.dtype) -> list[ExpertWeights]:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(out: int, width: int) -> torch.Tensor:
-        return (torch.randn(out, width, generator=generator) * width**-0.5).to(dtype)
-
-    shapes = ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
-    return [tuple(draw(*shape) for shape in shapes) for _ in range(NUM_EXPERTS)]  # type: ignore[misc]
+    return expert_weights(NUM_EXPERTS, HIDDEN, INTERMEDIATE, dtype)
 
 
 @st.composite
