@@ -42,6 +42,7 @@ OF_THE_ENGINE = (
     "device",
 )
 FORMATS = ("auto", "float32", "bf16", "fp8", "int8", "int4", "mxfp4")
+FORMATS_ON_GPU = ("auto", "float32", "bf16", "fp8")
 KINDS = {int: "an integer", float: "a number", str: "a string", Path: "a path"}
 
 
@@ -148,11 +149,7 @@ class ServeConfig:
                 "(max_num_batched_tokens) cannot give each sequence one.",
                 "Lower --max-num-seqs or raise --max-num-batched-tokens.",
             )
-        if self.device != "cpu":
-            raise ConfigError(
-                f"device is {self.device!r}, but this version computes on CPUs alone.",
-                "Give --device cpu, or leave it out.",
-            )
+        self._check_device()
         self._check_engines()
         self._check_pool()
         self._check_traces()
@@ -161,6 +158,25 @@ class ServeConfig:
     def has_pool(self) -> bool:
         """True if the experts are on workers, whoever started them."""
         return self.workers > 0 or self.pool is not None or self.controller is not None
+
+    def _check_device(self) -> None:
+        if self.device == "cpu":
+            return
+        if self.format not in FORMATS_ON_GPU:
+            raise ConfigError(
+                f"format is {self.format}, which a GPU does not compute with.",
+                f"Give one of {', '.join(FORMATS_ON_GPU)}, or --device cpu.",
+            )
+        if self.has_pool:
+            raise ConfigError(
+                f"device is {self.device!r}, but workers compute on CPUs alone.",
+                "Leave --workers, --pool and --controller out, or give --device cpu.",
+            )
+        if self.expert_memory is not None:
+            raise ConfigError(
+                f"expert_memory is {self.expert_memory}, but a GPU holds all experts.",
+                "Leave --expert-memory out, or give --device cpu.",
+            )
 
     def _check_engines(self) -> None:
         if self.engines is None:

@@ -28,8 +28,9 @@ def base_url(host: str, port: int) -> str:
 class Announcement:
     """What is known before the model is loaded. url: without a path. has_chat: the model has a chat template.
 
-    format: of the weights in memory, with the reason if there is one. workers: those that hold the experts, in words;
-    empty while the engine holds them. engines: where they are, if not here; what is told of an own engine is left out.
+    format: of the weights in memory, with the reason if there is one. device: where it computes, if not on CPUs.
+    workers: those that hold the experts, in words; empty while the engine holds them. engines: where they are, if not
+    here; what is told of an own engine is left out.
     """
 
     url: str
@@ -38,6 +39,7 @@ class Announcement:
     has_chat: bool
     needs_key: bool
     format: str = ""
+    device: str = ""
     threads: int = 0
     workers: str = ""
     engines: str = ""
@@ -55,6 +57,7 @@ class Announcement:
             "gRPC": grpc_address,
             "model": f"{self.path} ({model.num_layers} layers{experts}, {model.dtype})",
             "format": self.format,
+            "device": self.device,
             "context": f"{model.max_model_len:,} tokens",
             "KV cache": "" if self.engines else f"{model.kv_capacity_tokens:,} tokens, {kv_size}",
             "threads": str(self.threads or ""),

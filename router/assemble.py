@@ -17,6 +17,7 @@ from router.announce import Announcement
 from router.api.app import create_app
 from router.api.settings import ApiSettings
 from router.chat_template import ChatTemplate
+from router.device_memory import on_device
 from router.engine_process import EngineChild, EngineProcess
 from router.engine_sources import engine_source
 from router.engines import Engines
@@ -79,6 +80,7 @@ def assemble(config: ServeConfig, path: Path, keys: Keys, url: str, child: Engin
         model_id=model_id(config),
         path=path,
         format=str(choice),
+        device="" if config.device == "cpu" else config.device,
         threads=config.threads,
         has_chat=chat_template is not None,
         workers=workers_line(config),
@@ -90,7 +92,8 @@ def assemble(config: ServeConfig, path: Path, keys: Keys, url: str, child: Engin
 
 def format_choice(config: ServeConfig, path: Path) -> FormatChoice:
     """The weights' format, decided once for engine and workers. What is not this machine's memory decides nothing."""
-    elsewhere = config.pool is not None or (config.has_pool and bool(os.environ.get(RAY_ADDRESS)))
+    on_workers = config.pool is not None or (config.has_pool and bool(os.environ.get(RAY_ADDRESS)))
+    elsewhere = on_workers or config.device != "cpu"
     checkpoint = open_checkpoint(path)
     spec = model_spec(checkpoint.config)
     check_names(trunk_tensors(spec) | expert_tensors(spec), checkpoint, ignored_tensors(spec))
@@ -98,7 +101,7 @@ def format_choice(config: ServeConfig, path: Path) -> FormatChoice:
     choice = choose_format(checkpoint, spec, config.format, free, config.expert_memory)
     if choice.reason:
         log.warning("Weights are held in %s.", choice)
-    return choice
+    return choice if config.device == "cpu" else replace(choice, held=on_device(choice.held))
 
 
 def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -143,6 +146,7 @@ def engine_config(config: ServeConfig, path: Path, eos_token_ids: tuple[int, ...
     return EngineConfig(
         path=str(path),
         eos_token_ids=eos_token_ids,
+        device=config.device,
         format=config.format,
         threads=config.threads,
         expert_memory=config.expert_memory,

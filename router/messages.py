@@ -51,14 +51,15 @@ class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The first frame: what to load and how much to hold. None: the engine decides and says so in `Ready`.
 
-    path: a checkpoint's directory or GGUF file. format: as `--format`, auto meaning: as stored. lengths in
-    tokens. expert_memory: bytes of experts to keep in memory; None for all of them.
+    path: a checkpoint's directory or GGUF file. device: cpu or cuda. format: as `--format`, auto meaning: as stored.
+    lengths in tokens. expert_memory: bytes of experts to keep in memory; None for all of them.
     eos_token_ids: what ends a sequence; the tokenizer, which the engine does not have, knows them.
     trace_to, trace_ratio: where traces go, if anywhere, and the share of the steps that is traced.
     """
 
     path: str
     eos_token_ids: tuple[int, ...] = ()
+    device: str = "cpu"
     format: str = "auto"
     threads: int = 1
     expert_memory: int | None = None

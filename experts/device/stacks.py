@@ -16,7 +16,9 @@ from experts.kernels.weight import Fp8Weight, Weight
 
 
 class Stack(Protocol):
-    """num_experts matrices [out, in]."""
+    """num_experts matrices [out, in]. out_features: out."""
+
+    out_features: int
 
     def whole(self) -> Tensor:
         """All of them, [num_experts, out, in] in the rows' dtype."""
@@ -48,7 +50,8 @@ class PlainStack:
     """Held as the rows are. One expert's matrices at a time are copied, so no second copy of a layer ever exists."""
 
     def __init__(self, matrices: Matrices, device: torch.device, dtype: torch.dtype) -> None:
-        self._values = torch.empty(_shape(matrices), dtype=dtype, device=device)
+        num_experts, self.out_features, width = _shape(matrices)
+        self._values = torch.empty((num_experts, self.out_features, width), dtype=dtype, device=device)
         for into, parts in zip(self._values, matrices, strict=True):
             for rows, part in _places(parts):
                 into[rows].copy_(part if isinstance(part, Tensor) else part.float())
@@ -75,10 +78,11 @@ class Fp8Stack:
     """
 
     def __init__(self, matrices: Matrices, device: torch.device, dtype: torch.dtype) -> None:
-        num_experts, out, width = _shape(matrices)
+        num_experts, self.out_features, width = _shape(matrices)
         self._dtype = dtype
-        self._values = torch.empty((num_experts, out, width), dtype=torch.float8_e4m3fn, device=device)
-        self._scales = torch.empty((num_experts, out, -(-width // FP8_BLOCK)), device=device)
+        shape, blocks = (num_experts, self.out_features, width), -(-width // FP8_BLOCK)
+        self._values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        self._scales = torch.empty((*shape[:2], blocks), device=device)
         for expert, parts in enumerate(matrices):
             for rows, part in _places(parts):
                 assert isinstance(part, Fp8Weight)

@@ -12,7 +12,6 @@ import torch
 from barista.errors import InvalidRequest, RequestError
 from experts.residency import Residency
 from router.engine.pool_stats import pool_stats
-from router.kv_cache.storage import allocate_cache
 from router.messages import ExpertCacheStats, Failed, ModelInfo, Stats, StepEvents, Submit, Token
 from router.model.batch import Batch
 from router.model.load import Model
@@ -45,7 +44,7 @@ class Engine:
         self._traces = traces
         pool = scheduler.pool
         self._block_size = pool.block_size
-        self._cache = allocate_cache(model.spec, pool.num_blocks, pool.block_size, model.dtype)
+        self._cache = model.trunk.allocate_cache(pool.num_blocks, pool.block_size)
         self._failed: list[Failed] = []
         self._steps = 0
         self._step_seconds = 0.0
@@ -227,16 +226,19 @@ def _token_event(sequence: Sequence, draw: Drawn) -> Token:
     )
 
 
-def kv_blocks(model: Model, block_size: int, tokens: int | None, size: int | None, free: int) -> int:
-    """How many blocks to hold. tokens, size (bytes): what was asked for; free: bytes available.
-
-    Asked for nothing: 1 GiB or one sequence of full length, whichever is more, and never over half of what is free.
-    """
-    per_token = kv_bytes_per_token(model)
+def kv_blocks(model: Model, block_size: int, tokens: int | None, size: int | None, default: int) -> int:
+    """How many blocks to hold. tokens, size (bytes): what was asked for; default: bytes where nothing was."""
     if tokens is None:
-        default = max(2**30, model.trunk.max_len * per_token)
-        tokens = (size if size is not None else min(default, free // 2)) // per_token
+        tokens = (default if size is None else size) // kv_bytes_per_token(model)
     return max(1, tokens // block_size)
+
+
+def default_kv_bytes(model: Model, free: int) -> int:
+    """The KV cache in the machine's memory that nobody gave a size. free: bytes available.
+
+    1 GiB or one sequence of full length, whichever is more, and never over half of what is free.
+    """
+    return min(max(2**30, model.trunk.max_len * kv_bytes_per_token(model)), free // 2)
 
 
 def kv_bytes_per_token(model: Model) -> int:

@@ -14,19 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from barista.errors import BaristaError, ConfigError
-from barista.machine import available_memory
 from barista.tracing import ENGINE_SERVICE, open_tracer
-from barista.trust import Trust
 from experts import kernels
-from experts.checkpoint import Checkpoint, open_checkpoint
-from experts.formats import Holding, holding
-from experts.numerics import numerics_id
-from experts.remote import PoolConfig
+from experts.checkpoint import open_checkpoint
+from experts.formats import holding
 from router.engine.core import Engine, kv_blocks, kv_bytes_per_token, model_info
-from router.expert_memory import check_expert_memory, require_room_for_experts
+from router.engine.load import load_on_cpu, load_on_cuda
 from router.framing import frame, read_frame
 from router.kv_cache.blocks import BlockPool
-from router.memory import require_room_for_trunk
 from router.messages import (
     Abort,
     Command,
@@ -41,8 +36,8 @@ from router.messages import (
     decode_config,
     encode,
 )
-from router.model.families import model_spec
-from router.model.load import Model, load_model
+from router.model.device.cuda import cuda_device
+from router.model.load import Model
 from router.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -82,32 +77,27 @@ def serve(sock: socket.socket) -> None:
 
 
 def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready, EngineTraces | None]:
+    device = cuda_device() if config.device == "cuda" else None
     tracer = open_tracer(config.trace_to, config.trace_ratio, ENGINE_SERVICE, str(os.getpid()))
     kernels.set_num_threads(config.threads)
     torch.set_num_threads(config.threads)
     checkpoint = open_checkpoint(Path(config.path))
     held = holding(checkpoint, config.format)
-    dtype = getattr(torch, held.dtype)
-    require_room_for_trunk(checkpoint, held, available_memory())
-    if config.expert_memory is not None:
-        _check_expert_memory(checkpoint, held, config.expert_memory)
-    engine_numerics = numerics_id(dtype, held.format)
-    model = load_model(
-        checkpoint,
-        dtype,
-        config.max_model_len,
-        lambda fraction, message: _send(sock, Loading(fraction, message)),
-        weight_format=held.format,
-        pool=_pool_config(config, engine_numerics, tracer),
-        expert_memory=config.expert_memory,
-    )
-    free = available_memory() - (0 if model.residency is None else model.residency.limit)  # not read yet
-    blocks = kv_blocks(model, config.block_size, config.kv_cache_tokens, config.kv_cache_bytes, free)
+
+    def report(fraction: float, message: str) -> None:
+        _send(sock, Loading(fraction, message))
+
+    if device is None:
+        loaded = load_on_cpu(config, checkpoint, held, report, tracer)
+    else:
+        loaded = load_on_cuda(config, checkpoint, held, report, device)
+    model = loaded.model
+    blocks = kv_blocks(model, config.block_size, config.kv_cache_tokens, config.kv_cache_bytes, loaded.default_kv)
     size = blocks * config.block_size * kv_bytes_per_token(model)
-    if size > free:
+    if size > loaded.free:
         raise ConfigError(
-            f"A KV cache of {size:,} bytes does not fit into the {free:,} bytes that are free.",
-            f"Ask for at most {free // kv_bytes_per_token(model):,} tokens (--kv-cache-tokens).",
+            f"A KV cache of {size:,} bytes does not fit into the {loaded.free:,} bytes that are free.",
+            f"Ask for at most {loaded.free // kv_bytes_per_token(model):,} tokens (--kv-cache-tokens).",
         )
     scheduler = Scheduler(
         BlockPool(blocks, config.block_size),
@@ -117,28 +107,7 @@ def _start(config: EngineConfig, sock: socket.socket) -> tuple[Engine, Ready, En
         eos_token_ids=config.eos_token_ids,
     )
     traces = _engine_traces(tracer, model)
-    return Engine(model, scheduler, traces), Ready(model_info(model, scheduler, engine_numerics)), traces
-
-
-def _check_expert_memory(checkpoint: Checkpoint, held: Holding, limit: int) -> None:
-    """Before anything is packed or loaded. Raises ConfigError."""
-    spec = model_spec(checkpoint.config)
-    check_expert_memory(checkpoint, spec, held, limit)
-    require_room_for_experts(checkpoint, spec, held, limit, available_memory())
-
-
-def _pool_config(config: EngineConfig, engine_numerics: str, tracer: Tracer | None) -> PoolConfig | None:
-    if config.pool is None:
-        return None
-    tls_dir = config.pool.tls_dir
-    return PoolConfig(
-        controller=config.pool.controller,
-        trust=Trust(config.pool.token, None if tls_dir is None else Path(tls_dir)),
-        transport=config.pool.transport,
-        numerics_id=engine_numerics,
-        max_rows=config.max_num_batched_tokens,
-        tracer=tracer,
-    )
+    return Engine(model, scheduler, traces), Ready(model_info(model, scheduler, loaded.numerics_id)), traces
 
 
 def _engine_traces(tracer: Tracer | None, model: Model) -> EngineTraces | None:

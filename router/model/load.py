@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,6 +21,7 @@ from experts.residency import Residency
 from experts.transport.local import LocalTransport
 from experts.transport.resident import ResidentTransport
 from experts.weights import WeightReader
+from router.model.batch import Batch
 from router.model.expert_model import expert_model
 from router.model.families import model_spec
 from router.model.packed import expert_layers, packed_experts, packed_trunk
@@ -33,6 +34,20 @@ Progress = Callable[[float, str], None]
 TRUNK_AT = 0.9  # of the progress, when the experts are there
 
 
+class Forward(Protocol):
+    """What the engine asks of a trunk, be it the CPU's or a device's: router.model.trunk.Trunk says more."""
+
+    max_len: int
+
+    def allocate_cache(self, num_blocks: int, block_size: int) -> torch.Tensor:
+        """A KV cache as forward takes it."""
+        ...
+
+    def forward(self, batch: Batch, cache: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step; logits and failed rows, on the CPU."""
+        ...
+
+
 class Model:
     """A loaded model: its spec, its trunk and, where it has experts, their pool.
 
@@ -42,7 +57,7 @@ class Model:
     def __init__(
         self,
         spec: ModelSpec,
-        trunk: Trunk,
+        trunk: Forward,
         pool: ExpertPool | None,
         dtype: torch.dtype,
         remote: RemotePool | None = None,

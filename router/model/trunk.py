@@ -10,6 +10,7 @@ import torch
 
 from experts import kernels
 from experts.pool import ExpertPool
+from router.kv_cache.storage import allocate_cache
 from router.model.attention import build_attention
 from router.model.batch import Batch
 from router.model.rope import cos_sin_table
@@ -36,6 +37,10 @@ class Trunk:
         self.layers = [DecoderLayer(spec, i, load, pool, self.final_norm.dtype) for i in range(spec.num_layers)]
         self._pool = pool
         self._whole: kernels.WholeModel | None = None
+
+    def allocate_cache(self, num_blocks: int, block_size: int) -> torch.Tensor:
+        """See router.kv_cache.storage.allocate_cache."""
+        return allocate_cache(self.spec, num_blocks, block_size, self.final_norm.dtype)
 
     def forward(self, batch: Batch, cache: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One step. cache: [num_layers, ...] as kv_cache/storage.py lays it out; its slots of this batch are written.

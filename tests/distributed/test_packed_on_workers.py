@@ -13,7 +13,7 @@ from router.model.load import Model, load_model
 from tests import packable
 from tests.distributed.static_pool import StaticPool, shared_out, static_pool
 from tests.distributed.workers import expert_model
-from tests.unit.test_families import FORCED, PROMPTS, run
+from tests.forced import FORCED, PROMPTS, logits_of
 
 WORKERS = ("worker-0", "worker-1")
 
@@ -62,4 +62,4 @@ def test_an_engine_of_another_format_is_not_attached(pool: StaticPool, path: Pat
 
 
 def logits(model: Model) -> list[torch.Tensor]:
-    return run(model, PROMPTS, FORCED, 512)
+    return logits_of(model, PROMPTS, FORCED, 512)

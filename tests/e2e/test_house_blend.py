@@ -10,9 +10,11 @@ import transformers
 
 from experts.checkpoint import open_checkpoint
 from router.chat_template import ChatTemplate
+from router.model.device.graphs import Capture
 from router.model.load import load_model
 from router.models import CARVED_BYTES, prepare_built_in
 from router.tokenizer import Tokenizer
+from tests.device_models import device_model, run_again
 from tests.engines import answer, engine_on, request
 
 pytestmark = pytest.mark.alone
@@ -72,3 +74,11 @@ def test_its_tokenizer_and_template_are_those_that_transformers_reads(house_blen
 def test_the_room_that_is_asked_for_before_carving_is_enough(house_blend: Path) -> None:
     taken = sum(file.stat().st_size for file in house_blend.iterdir())
     assert taken <= CARVED_BYTES < 1.5 * taken
+
+
+@pytest.mark.parametrize("capture", [None, run_again], ids=["by kernel", "captured"])
+def test_its_greedy_text_on_a_device_is_that_of_the_cpus_kernels(house_blend: Path, capture: Capture | None) -> None:
+    batch = prompts(Tokenizer.from_checkpoint(house_blend))[:4]
+    submits = [request(str(i), p, temperature=0, max_tokens=16, ignore_eos=True) for i, p in enumerate(batch)]
+    wanted = answer(engine_on(load_model(open_checkpoint(house_blend), torch.float32)), submits)
+    assert answer(engine_on(device_model(house_blend, capture=capture)), submits).tokens == wanted.tokens

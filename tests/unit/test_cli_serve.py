@@ -16,6 +16,7 @@ import grpc
 import httpx
 import psutil
 import pytest
+import torch
 from tiny_model import write_tiny_model
 
 from barista.v1.router_pb2 import Chat, ChatMessage, GenerateRequest
@@ -127,4 +128,15 @@ def test_a_model_that_cannot_be_loaded_is_an_error_with_the_engines_reason(tmp_p
     assert process.returncode == 1
     assert output == ""
     assert "model.layers.2." in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_device_cuda_says_what_is_missing(model: Path) -> None:
+    process = start("serve", model, "--port", 0, "--device", "cuda")
+    output, errors = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    assert output == ""
+    assert "error: device is 'cuda', but" in errors
+    assert "--device cpu" in errors
     assert "Traceback" not in errors

@@ -40,6 +40,27 @@ def test_flags_win_over_the_environment_and_the_environment_over_the_file(
     assert dataclasses.asdict(config) == expected
 
 
+@pytest.mark.parametrize("weight_format", ["auto", "float32", "bf16", "fp8"])
+def test_a_gpu_holds_a_whole_model(weight_format: str) -> None:
+    assert ServeConfig(device="cuda", format=weight_format).device == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"format": "int8"}, "format is int8"),
+        ({"format": "mxfp4"}, "format is mxfp4"),
+        ({"workers": 2}, "workers compute on CPUs alone"),
+        ({"pool": "house"}, "workers compute on CPUs alone"),
+        ({"controller": "host:1"}, "workers compute on CPUs alone"),
+        ({"expert_memory": 10**9}, "expert_memory is 1000000000"),
+    ],
+)
+def test_what_a_gpu_cannot_do_is_refused_by_name(changes: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        ServeConfig(device="cuda", **changes)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", sorted(TYPES))
 def test_every_field_can_be_set_from_the_file_and_from_the_environment(tmp_path: Path, name: str) -> None:
     special = {

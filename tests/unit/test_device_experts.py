@@ -13,20 +13,14 @@ from experts.device.stacks import stack
 from experts.formats import INT8
 from experts.kernels.expert_table import ExpertWeights
 from experts.kernels.weight import Fp8Weight, TiledWeight, Weight, encode, encode_fp8
+from tests.device_models import CPU, expert_weights
 
-CPU = torch.device("cpu")
 NUM_EXPERTS, HIDDEN, INTERMEDIATE = 5, 128, 64
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
-def plain(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[ExpertWeights]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(out: int, width: int) -> torch.Tensor:
-        return (torch.randn(out, width, generator=generator) * width**-0.5).to(dtype)
-
-    shapes = ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
-    return [tuple(draw(*shape) for shape in shapes) for _ in range(NUM_EXPERTS)]  # type: ignore[misc]
+def plain(dtype: torch.dtype = torch.float32) -> list[ExpertWeights]:
+    return expert_weights(NUM_EXPERTS, HIDDEN, INTERMEDIATE, dtype)
 
 
 def each(weights: list[ExpertWeights], change) -> list[ExpertWeights]:
@@ -118,8 +112,23 @@ def test_the_grouped_product_equals_the_loop(dtype: torch.dtype, lengths: list[i
     )
 
 
-def test_the_cpu_loops() -> None:
-    assert not has_grouped_product(CPU, torch.bfloat16, (64, 64))
+@pytest.mark.parametrize(
+    ("device", "generation", "dtype", "widths", "grouped"),
+    [
+        ("cuda", (9, 0), torch.bfloat16, (64, 40), True),
+        ("cuda", (10, 0), torch.bfloat16, (64, 40), True),
+        ("cuda", (8, 9), torch.bfloat16, (64, 40), False),
+        ("cuda", (9, 0), torch.float32, (64, 40), False),
+        ("cuda", (9, 0), torch.bfloat16, (64, 12), False),
+        ("cpu", (9, 0), torch.bfloat16, (64, 40), False),
+    ],
+)
+def test_experts_are_grouped_where_torch_has_a_kernel_for_it(
+    device: str, generation: tuple[int, int], dtype: torch.dtype, widths: tuple[int, int], grouped: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
+    assert has_grouped_product(torch.device(device), dtype, widths) is grouped
 
 
 def test_experts_of_different_shapes_are_refused() -> None:

@@ -10,25 +10,19 @@ from hypothesis import strategies as st
 from experts import kernels
 from experts.device.experts import DeviceExperts
 from experts.device.pool import DevicePool
-from experts.device.rows import sort_by_expert
+from experts.device.rows import combine, sort_by_expert
 from experts.kernels.expert_table import ExpertWeights
 from experts.pool import DispatchBatch, ExpertPool
 from experts.transport.device import DeviceTransport
 from experts.transport.local import LocalTransport
+from tests.device_models import CPU, expert_weights
 
-CPU = torch.device("cpu")
 LAYER, NUM_EXPERTS, HIDDEN, INTERMEDIATE = 3, 6, 32, 24
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 def weights(dtype: torch.dtype) -> list[ExpertWeights]:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(out: int, width: int) -> torch.Tensor:
-        return (torch.randn(out, width, generator=generator) * width**-0.5).to(dtype)
-
-    shapes = ((INTERMEDIATE, HIDDEN), (INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
-    return [tuple(draw(*shape) for shape in shapes) for _ in range(NUM_EXPERTS)]  # type: ignore[misc]
+    return expert_weights(NUM_EXPERTS, HIDDEN, INTERMEDIATE, dtype)
 
 
 @st.composite
@@ -76,6 +70,15 @@ def test_a_row_that_is_not_finite_fails_and_is_zero(value: float) -> None:
     assert not rows[failed].any()
     healthy = local(experts, torch.float32)
     torch.testing.assert_close(rows, healthy.combine(healthy.dispatch(batch))[0])
+
+
+def test_what_a_row_holds_that_nobody_asked_for_is_not_added() -> None:
+    """A grouped product leaves it undefined."""
+    rows = torch.tensor([[1.0, 2.0], [float("nan"), float("inf")]])
+    ids, topk_weights = torch.tensor([[4, -1]], dtype=torch.int32), torch.tensor([[0.5, 0.5]])
+    total, failed = combine(rows, ids, topk_weights)
+    assert total.tolist() == [[0.5, 1.0]]
+    assert not failed.any()
 
 
 @settings(max_examples=60, deadline=None)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experts.checkpoint import open_checkpoint
-from router.engine.core import kv_blocks, kv_bytes_per_token
+from router.engine.core import default_kv_bytes, kv_blocks
 from router.model.load import Model, load_model
 from tests import tiny
 from tests.engines import Recorder, answer, engine_on, request
@@ -114,17 +114,16 @@ def test_an_abort_frees_the_blocks_before_the_next_step(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "size", "free", "blocks"),
+    ("tokens", "size", "default", "blocks"),
     [(160, None, 10**12, 10), (None, 0, 10**12, 1), (None, None, 0, 1)],
 )
-def test_the_cache_is_as_large_as_asked_for(model: Model, tokens: int, size: int, free: int, blocks: int) -> None:
-    assert kv_blocks(model, 16, tokens, size, free) == blocks
+def test_the_cache_is_as_large_as_asked_for(model: Model, tokens: int, size: int, default: int, blocks: int) -> None:
+    assert kv_blocks(model, 16, tokens, size, default) == blocks
 
 
 def test_unasked_the_cache_takes_a_gibibyte_but_never_half_of_what_is_free(model: Model) -> None:
-    per_block = 16 * kv_bytes_per_token(model)
-    assert kv_blocks(model, 16, None, None, 10**12) == 2**30 // per_block
-    assert kv_blocks(model, 16, None, None, 2**20) == 2**19 // per_block
+    assert default_kv_bytes(model, 10**12) == 2**30
+    assert default_kv_bytes(model, 2**20) == 2**19
 
 
 def test_a_step_that_raises_ends_its_requests_and_no_others(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

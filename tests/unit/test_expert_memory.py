@@ -29,7 +29,7 @@ from router.model.load import load_model
 from router.model.packed import expert_layers, packed_experts
 from router.model.tensors import expert_tensors, trunk_tensors
 from tests import packable
-from tests.unit.test_families import FORCED, PROMPTS, run
+from tests.forced import FORCED, PROMPTS, logits_of
 from tests.unit.tiny_model import CONFIG
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,9 @@ def cached_pages(file: Path) -> set[int]:
 @pytest.fixture(scope="module")
 def expected(checkpoint: Checkpoint) -> dict[str, list[torch.Tensor]]:
     """By format, the answers of the model in memory."""
-    answers = {f: run(load_model(checkpoint, torch.float32, weight_format=f), PROMPTS, FORCED, 9) for f in FORMATS}
+    answers = {
+        f: logits_of(load_model(checkpoint, torch.float32, weight_format=f), PROMPTS, FORCED, 9) for f in FORMATS
+    }
     gc.collect()  # pages that a model has mapped would stay in memory
     return answers
 
@@ -81,7 +83,7 @@ def test_answers_are_the_same_to_the_byte_and_pages_of_other_experts_are_gone(
         with file.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         assert not cached_pages(file)
-    got = run(model, PROMPTS, FORCED, 9)
+    got = logits_of(model, PROMPTS, FORCED, 9)
     assert all(torch.equal(a, b) for a, b in zip(got, expected[weight_format], strict=True))
     residency = model.residency
     assert residency is not None

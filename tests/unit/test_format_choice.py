@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from barista.config import ServeConfig
 from barista.errors import CheckpointError, ConfigError
 from experts.checkpoint import Checkpoint, open_checkpoint
 from experts.formats import Holding, holding
 from router.announce import Announcement
+from router.assemble import format_choice
 from router.format_choice import choose_format, first_that_fits, memory_needed
 from router.memory import require_room_for_trunk
 from router.messages import ModelInfo
@@ -91,3 +93,20 @@ def test_the_ready_lines_say_the_format_and_why(model: tuple[Checkpoint, ModelSp
     )
     info = ModelInfo(10, 10, 10, 10, (), "float32", 1, 0, "id")
     assert f"\n  format    {choice}\n" in announcement.as_text(info)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_machines_memory_decides_nothing_of_a_gpu(
+    model: tuple[Checkpoint, ModelSpec], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.assemble.available_memory", lambda: 0)
+    choice = format_choice(ServeConfig(device=device), model[0].path)
+    assert (choice.held == Holding("float32")) == (device == "cuda")
+
+
+def test_a_gpu_is_announced() -> None:
+    announcement = Announcement(
+        url="http://127.0.0.1:1", model_id="m", path=Path("m"), has_chat=False, needs_key=False, device="cuda"
+    )
+    info = ModelInfo(260, 4096, 8192, 512, (2,), "float32", 2, 4, "x")
+    assert "  device    cuda\n" in announcement.as_text(info)

@@ -18,7 +18,7 @@ from router.model.expert_model import expert_model
 from router.model.families import model_spec
 from router.model.load import load_model
 from tests import packable
-from tests.unit.test_families import FORCED, PROMPTS, run
+from tests.forced import FORCED, PROMPTS, logits_of
 
 
 @pytest.fixture(autouse=True)
@@ -33,13 +33,13 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_every_familys_logits_in_int8_are_close_to_those_in_float32_and_the_same_in_any_company(path: Path) -> None:
     checkpoint = open_checkpoint(path)
-    exact = run(load_model(checkpoint, torch.float32), PROMPTS, FORCED, 512)
+    exact = logits_of(load_model(checkpoint, torch.float32), PROMPTS, FORCED, 512)
     model = load_model(checkpoint, torch.float32, weight_format="int8")
-    packed = run(model, PROMPTS, FORCED, 9)
+    packed = logits_of(model, PROMPTS, FORCED, 9)
     # The median row: where a gate's two best experts are nearly equal, the smallest difference chooses another one.
     far = torch.cat([(a - b).norm(dim=1) / b.norm(dim=1) for a, b in zip(packed, exact, strict=True)])
     assert far.median() < 0.05
-    (alone,) = run(model, PROMPTS[:1], FORCED[:1], 512)
+    (alone,) = logits_of(model, PROMPTS[:1], FORCED[:1], 512)
     assert torch.equal(alone, packed[0])
 
 
