@@ -156,8 +156,8 @@ class ServeConfig:
 
     @property
     def has_pool(self) -> bool:
-        """True if the experts are on workers, whoever started them."""
-        return self.workers > 0 or self.pool is not None or self.controller is not None
+        """True if the experts are on workers that a controller looks after. Those on GPUs are the engine's own."""
+        return self.device == "cpu" and (self.workers > 0 or self.pool is not None or self.controller is not None)
 
     def _check_device(self) -> None:
         if self.device == "cpu":
@@ -167,11 +167,18 @@ class ServeConfig:
                 f"format is {self.format}, which a GPU does not compute with.",
                 f"Give one of {', '.join(FORMATS_ON_GPU)}, or --device cpu.",
             )
-        if self.has_pool:
-            raise ConfigError(
-                f"device is {self.device!r}, but workers compute on CPUs alone.",
-                "Leave --workers, --pool and --controller out, or give --device cpu.",
-            )
+        for name in ("pool", "controller"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"device is {self.device!r}, but {name} is {getattr(self, name)}: pools compute on CPUs alone.",
+                    "Give --workers N alone, for workers of the engine's own on its GPUs, or --device cpu.",
+                )
+        for name in OF_THE_POOL:
+            if getattr(self, name) != _default(name):
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}, but workers on GPUs have no such setting.",
+                    f"Leave {name} out, or give --device cpu.",
+                )
         if self.expert_memory is not None:
             raise ConfigError(
                 f"expert_memory is {self.expert_memory}, but a GPU holds all experts.",
@@ -217,6 +224,10 @@ class ServeConfig:
                 f"trace_ratio is {self.trace_ratio}, but there are no traces.",
                 "Give --trace-to with it, or leave trace_ratio out.",
             )
+
+
+def _default(name: str) -> object:
+    return next(entry.default for entry in fields(ServeConfig) if entry.name == name)
 
 
 TYPES: Mapping[str, Any] = get_type_hints(ServeConfig)

@@ -147,6 +147,7 @@ def engine_config(config: ServeConfig, path: Path, eos_token_ids: tuple[int, ...
         path=str(path),
         eos_token_ids=eos_token_ids,
         device=config.device,
+        gpu_workers=config.workers if config.device == "cuda" else 0,
         format=config.format,
         threads=config.threads,
         expert_memory=config.expert_memory,

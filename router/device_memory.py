@@ -23,19 +23,21 @@ def on_device(held: Holding) -> Holding:
     return held if held.format == FP8.name else Holding(held.dtype, PLAIN)
 
 
-def device_bytes(checkpoint: Checkpoint, spec: ModelSpec, held: Holding) -> int:
-    """Bytes of all weights on a device. held: of on_device."""
+def device_bytes(checkpoint: Checkpoint, spec: ModelSpec, held: Holding, *, with_experts: bool = True) -> int:
+    """Bytes of all weights on a device, or of the trunk's alone. held: of on_device."""
     experts = forms_of(checkpoint, expert_groups(expert_layers(spec)), held.format)
-    shapes = trunk_tensors(spec) | expert_tensors(spec)
+    shapes = trunk_tensors(spec) | (expert_tensors(spec) if with_experts else {})
     return sum(
         experts[name].nbytes(shape) if name in experts else math.prod(shape) * BYTES_PER_VALUE[held.dtype]
         for name, shape in shapes.items()
     )
 
 
-def require_room_on_device(checkpoint: Checkpoint, spec: ModelSpec, held: Holding, free: int) -> None:
+def require_room_on_device(
+    checkpoint: Checkpoint, spec: ModelSpec, held: Holding, free: int, *, with_experts: bool = True
+) -> None:
     """Raises ConfigError unless the weights fit into `free` bytes of the device."""
-    needed = device_bytes(checkpoint, spec, held)
+    needed = device_bytes(checkpoint, spec, held, with_experts=with_experts)
     if needed > free:
         raise ConfigError(
             f"{checkpoint.path} needs {size(needed)} of a GPU's memory in {held.name}; {size(free)} are free.",

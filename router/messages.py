@@ -51,7 +51,8 @@ class PoolAddress(msgspec.Struct, frozen=True, kw_only=True):
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The first frame: what to load and how much to hold. None: the engine decides and says so in `Ready`.
 
-    path: a checkpoint's directory or GGUF file. device: cpu or cuda. format: as `--format`, auto meaning: as stored.
+    path: a checkpoint's directory or GGUF file. device: cpu or cuda. gpu_workers: of the engine's own,
+    with the experts; 0: they are on its device. format: as `--format`, auto meaning: as stored.
     lengths in tokens. expert_memory: bytes of experts to keep in memory; None for all of them.
     eos_token_ids: what ends a sequence; the tokenizer, which the engine does not have, knows them.
     trace_to, trace_ratio: where traces go, if anywhere, and the share of the steps that is traced.
@@ -60,6 +61,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     eos_token_ids: tuple[int, ...] = ()
     device: str = "cpu"
+    gpu_workers: int = 0
     format: str = "auto"
     threads: int = 1
     expert_memory: int | None = None

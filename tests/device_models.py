@@ -16,7 +16,7 @@ from router.model.load import Model
 CPU = torch.device("cpu")
 
 
-def run_again(run: Callable[[], None]) -> Callable[[], None]:
+def run_again(run: Callable[[], None], before: Callable[[], None]) -> Callable[[], None]:
     """What capturing a CUDA graph is on the CPU."""
     return run
 

@@ -1,4 +1,4 @@
-"""The expert pool of a model on a device: it counts there."""
+"""The expert pool of a model on a device: it counts there, and knows when a step begins and whether it counts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,18 @@ class DevicePool(ExpertPool):
     def __init__(self, transport: Transport, num_layers: int, num_experts: int, device: torch.device) -> None:
         super().__init__(transport, num_layers, num_experts)
         self._expert_tokens = self._expert_tokens.to(device)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a layer may be part of a CUDA graph of the trunk's."""
+        return bool(getattr(self._transport, "capturable", False))
+
+    def begin_step(self, num_tokens: int) -> None:
+        """Before the first layer of a step, whose layers have at most num_tokens tokens."""
+
+    def settle(self) -> bool:
+        """After a step, once it has been waited for: whether it counts, or must be computed again."""
+        return True
 
     def _note(self, layer: int, topk_ids: torch.Tensor) -> None:
         ids = topk_ids.flatten().long()

@@ -35,6 +35,7 @@ from experts.expert_parallel.memory import Block
 from experts.expert_parallel.rank import Rank, Ranks
 from experts.expert_parallel.shape import ExpertMap, shape_from_json
 from experts.expert_weights import ExpertReader
+from experts.packed.experts import expert_part
 from experts.transport.cuda import WorkerStep
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,9 @@ class Worker:
 
     def __init__(self, model: ExpertModel) -> None:
         self._model = model
-        self._reader = ExpertReader(open_checkpoint(model.path), getattr(torch, model.dtype))
+        checkpoint = open_checkpoint(model.path)
+        packed = expert_part(checkpoint, model.layers, model.format).over(checkpoint)  # the engine has packed it
+        self._reader = ExpertReader(packed, getattr(torch, model.dtype))
         self._held: tuple[int, ...] = ()
         self._experts: dict[int, DeviceExperts] = {}
         self._library: Library | None = None

@@ -11,6 +11,8 @@ import torch
 from barista.machine import available_memory
 from barista.trust import Trust
 from experts.checkpoint import Checkpoint
+from experts.expert_parallel.machine import plan_devices
+from experts.expert_parallel.pool import GroupConfig
 from experts.formats import Holding
 from experts.numerics import device_numerics_id, numerics_id
 from experts.remote import PoolConfig
@@ -19,6 +21,7 @@ from router.engine.core import default_kv_bytes, kv_bytes_per_token
 from router.expert_memory import check_expert_memory, require_room_for_experts
 from router.memory import require_room_for_trunk
 from router.messages import EngineConfig
+from router.model.device.graphs import padded_rows
 from router.model.device.load import load_device_model
 from router.model.families import model_spec
 from router.model.load import Model, Progress, load_model
@@ -62,15 +65,31 @@ def load_on_cpu(
 def load_on_cuda(
     config: EngineConfig, checkpoint: Checkpoint, held: Holding, report: Progress, device: torch.device
 ) -> Loaded:
-    """The whole model on one GPU. Raises BaristaError."""
+    """The model on one GPU, or its experts on workers. Raises BaristaError."""
     held = on_device(held)
-    require_room_on_device(checkpoint, model_spec(checkpoint.config), held, torch.cuda.mem_get_info(device)[0])
+    group = _group_config(config, device)
+    spec = model_spec(checkpoint.config)
+    require_room_on_device(
+        checkpoint, spec, held, torch.cuda.mem_get_info(device)[0], with_experts=group is None
+    )
     dtype = getattr(torch, held.dtype)
-    model = load_device_model(checkpoint, dtype, device, config.max_model_len, report, weight_format=held.format)
+    model = load_device_model(
+        checkpoint, dtype, device, config.max_model_len, report, weight_format=held.format, group=group
+    )
     torch.cuda.empty_cache()  # what loading needed beside the weights
     free, total = torch.cuda.mem_get_info(device)
     wanted = config.max_num_seqs * model.trunk.max_len * kv_bytes_per_token(model)
     return Loaded(model, device_numerics_id(device, dtype, held.format), free, kv_budget(free, total, wanted))
+
+
+def _group_config(config: EngineConfig, device: torch.device) -> GroupConfig | None:
+    if not config.gpu_workers:
+        return None
+    return GroupConfig(
+        engine=device,
+        workers=plan_devices(torch.cuda.device_count(), config.gpu_workers),
+        max_tokens=max(config.max_num_batched_tokens, padded_rows(config.max_num_seqs)),
+    )
 
 
 def _check_expert_memory(checkpoint: Checkpoint, held: Holding, limit: int) -> None:

@@ -124,7 +124,7 @@ def test_a_decode_step_never_waits_for_the_gpu(tmp_path: Path) -> None:
     assert len(recorder.tokens["a"]) == 9
 
 
-def strictly(run: Callable[[], None]) -> Callable[[], None]:
+def strictly(run: Callable[[], None], before: Callable[[], None]) -> Callable[[], None]:
     """A Capture that runs again, and raises where that waits for the GPU."""
 
     def replay() -> None:

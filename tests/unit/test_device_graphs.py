@@ -148,7 +148,7 @@ def test_a_packed_batch_begins_with_its_rows_and_ends_with_padding() -> None:
 def test_a_size_is_captured_once_for_each_cache(tmp_path: Path) -> None:
     captured = []
 
-    def capture(run: Callable[[], None]) -> Callable[[], None]:
+    def capture(run: Callable[[], None], before: Callable[[], None]) -> Callable[[], None]:
         captured.append(run)
         return run
 
@@ -188,7 +188,7 @@ def test_padding_stays_finite_whatever_the_model_makes_of_token_0_and_others_hav
     torch.testing.assert_close(logits[3], logits[1], rtol=1e-5, atol=1e-5)
 
 
-def without_values(run: Callable[[], None]) -> Callable[[], None]:
+def without_values(run: Callable[[], None], before: Callable[[], None]) -> Callable[[], None]:
     """A Capture that, as CUDA's, refuses what would wait for a value: it runs on tensors that have none."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         run()

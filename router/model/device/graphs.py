@@ -17,8 +17,9 @@ from router.model.device.contexts import runs_of
 from router.model.device.rows import StepInputs
 
 Outputs = tuple[Tensor, Tensor]  # logits [num_rows, vocab] float32 and failed [num_rows] bool
-# From a function to one that repeats it: the same kernels at the same addresses.
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
+# From a function to one that repeats it: the same kernels at the same addresses. The second argument is called before
+# the function is run to no other purpose.
+Capture = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
 
 MAX_ROWS = 256  # of a graph; a larger step takes so long that launching it kernel by kernel costs little
 _LEAST_WIDTH = 16  # blocks
@@ -68,12 +69,15 @@ class _Graph:
 
 
 class GraphedDecode:
-    """compute: a step. max_width: blocks of the longest sequence. nowhere: the cache's slot that nobody owns."""
+    """compute: a step. begin: told of the rows of each step before it runs. max_width: blocks of the longest sequence.
+    nowhere: the cache's slot that nobody owns.
+    """
 
     def __init__(
         self,
         compute: Callable[[StepInputs], Outputs],
         capture: Capture,
+        begin: Callable[[int], None],
         *,
         vocab_size: int,
         block_size: int,
@@ -81,7 +85,7 @@ class GraphedDecode:
         nowhere: int,
         device: torch.device,
     ) -> None:
-        self._compute, self._capture = compute, capture
+        self._compute, self._capture, self._begin = compute, capture, begin
         self._block_size, self._max_width, self._nowhere = block_size, max_width, nowhere
         self._device = device
         # All graphs write here: outputs of their own would add up to gigabytes.
@@ -97,6 +101,7 @@ class GraphedDecode:
         if graph is None:
             graph = self._graphs[shape] = self._captured(*shape)
         graph.packed.copy_(pack(batch, *shape, self._block_size, self._nowhere))
+        self._begin(shape[0])
         graph.replay()
         return self._logits[:num_rows], self._failed[:num_rows]
 
@@ -109,7 +114,7 @@ class GraphedDecode:
             self._logits[:num_rows].copy_(logits)
             self._failed[:num_rows].copy_(failed)
 
-        return _Graph(packed, self._capture(run))
+        return _Graph(packed, self._capture(run, lambda: self._begin(num_rows)))
 
 
 class CudaCapture:
@@ -119,8 +124,9 @@ class CudaCapture:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
+    def __call__(self, run: Callable[[], None], before: Callable[[], None]) -> Callable[[], None]:
         """Run once on a stream of its own, so that what kernels set up at their first call is not captured."""
+        before()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):

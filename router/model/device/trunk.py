@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from experts.kernels.reference import rms_norm
-from experts.pool import ExpertPool
+from experts.device.pool import DevicePool
 from router.kv_cache.storage import allocate_device_cache, nowhere
 from router.model.batch import Batch
 from router.model.device.contexts import context
@@ -28,7 +28,7 @@ class DeviceTrunk:
         self,
         spec: ModelSpec,
         load: Load,
-        pool: ExpertPool | None,
+        pool: DevicePool | None,
         max_len: int,
         device: torch.device,
         capture: Capture | None = None,
@@ -39,7 +39,7 @@ class DeviceTrunk:
         self._head: Tensor = self._embedding if spec.tied_embeddings else load("lm_head.weight")
         self._cos, self._sin = (table.to(device) for table in cos_sin_table(spec.attention.rope, max_len))
         self._layers = [DeviceLayer(spec, index, load, pool) for index in range(spec.num_layers)]
-        self._capture = capture
+        self._pool, self._capture = pool, capture
         self._graphed: tuple[Tensor, GraphedDecode] | None = None
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> Tensor:
@@ -49,14 +49,23 @@ class DeviceTrunk:
     def forward(self, batch: Batch, cache: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """One step. batch: on the CPU. cache: of allocate_cache; its slots of this batch are written.
 
-        Returns, on the CPU, logits [num_samples, vocab] float32 and failed [num_tokens] bool, as Trunk.forward.
+        Returns, on the CPU, logits [num_samples, vocab] float32 and failed [num_tokens] bool, as Trunk.forward. A step
+        in which a worker was lost is computed again, and writes the same slots again.
         """
+        while True:
+            outputs = self._step(batch, cache, step)
+            if self._pool is None or self._pool.settle():
+                return outputs
+            self._graphed = None  # the addresses of what was lost are part of the graphs
+
+    def _step(self, batch: Batch, cache: Tensor, step: int) -> tuple[Tensor, Tensor]:
         num_seqs = len(batch.block_tables)
         if self._capture is not None and num_seqs == len(batch.token_ids) <= MAX_ROWS:
             logits, failed = self._decode(self._capture, cache)(batch)
             logits = logits if len(batch.sample_rows) == num_seqs else logits[batch.sample_rows.to(self.device)]
         else:
             wanted = batch.sample_rows.to(self.device)
+            self._begin(len(batch.token_ids))
             logits, failed = self._compute(to_device(batch, self.device), cache, step, wanted)
         return logits.to("cpu", copy=True), failed.to("cpu", copy=True)  # the next step overwrites a graph's outputs
 
@@ -67,6 +76,7 @@ class DeviceTrunk:
             graphs = GraphedDecode(
                 lambda inputs: self._compute(inputs, cache, 0, None),  # of no step in particular: it is repeated
                 capture,
+                self._begin,
                 vocab_size=self.spec.vocab_size,
                 block_size=block_size,
                 max_width=-(-self.max_len // block_size),
@@ -75,6 +85,10 @@ class DeviceTrunk:
             )
             self._graphed = cache, graphs
         return self._graphed[1]
+
+    def _begin(self, num_tokens: int) -> None:
+        if self._pool is not None:
+            self._pool.begin_step(num_tokens)
 
     def _compute(self, inputs: StepInputs, cache: Tensor, step: int, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits of the wanted rows (None: of all) and failed, on the device. It never waits for it."""

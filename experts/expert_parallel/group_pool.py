@@ -1,0 +1,33 @@
+"""The expert pool of a model whose experts are on other ranks: as on one device, with steps that may not count."""
+
+from __future__ import annotations
+
+import torch
+
+from experts.device.pool import DevicePool
+from experts.expert_parallel.pool import ParallelPool
+
+
+class GroupPool(DevicePool):
+    """Tokens of a step that does not count are not counted. device: the engine's."""
+
+    def __init__(self, group: ParallelPool, num_layers: int, num_experts: int, device: torch.device) -> None:
+        super().__init__(group, num_layers, num_experts, device)
+        self._group = group
+        self._counted_before = self._expert_tokens.clone()
+
+    def begin_step(self, num_tokens: int) -> None:
+        """See DevicePool: the workers are told."""
+        self._counted_before.copy_(self._expert_tokens)
+        self._group.begin_step(num_tokens)
+
+    def settle(self) -> bool:
+        """See DevicePool. Raises as ParallelPool.settle."""
+        if self._group.settle():
+            return True
+        self._expert_tokens.copy_(self._counted_before)
+        return False
+
+    def close(self) -> None:
+        """End the workers."""
+        self._group.close()
