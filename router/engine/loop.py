@@ -63,6 +63,9 @@ def serve(sock: socket.socket) -> None:
     except MemoryError:
         _send(sock, Fatal("There is not enough memory to load the model.", "See `barista inspect`; try --format int4."))
         return
+    except torch.OutOfMemoryError:
+        _send(sock, Fatal("The GPU has not enough memory for the model.", "Give a smaller --kv-cache-tokens."))
+        return
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
     reader = threading.Thread(target=_read_commands, args=(sock, commands, traces), daemon=True)
     reader.start()

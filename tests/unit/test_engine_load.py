@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from barista.errors import ConfigError
 from experts.checkpoint import open_checkpoint
 from experts.formats import Holding
 from router.device_memory import LEAST_RESERVE
+from router.engine import loop
 from router.engine.core import kv_bytes_per_token
 from router.engine.load import Loaded, load_on_cuda
-from router.messages import EngineConfig
+from router.framing import frame, read_frame
+from router.messages import EngineConfig, Fatal, decode_event, encode
 from tests import tiny
 from tests.device_models import CPU
 
@@ -46,3 +49,21 @@ def test_a_model_that_the_gpu_cannot_hold_is_refused(tmp_path: Path, monkeypatch
 def test_its_numerics_name_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = ".".join(torch.__version__.split(".")[:2])
     assert load(tmp_path, monkeypatch).numerics_id == f"cpu-torch{version}-float32"
+
+
+def test_a_gpu_that_runs_full_is_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> Loaded:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tiny.make("qwen3_moe", tmp_path)
+    monkeypatch.setattr(loop, "cuda_device", lambda: CPU)
+    monkeypatch.setattr(loop, "load_on_cuda", full)
+    api, engine = socket.socketpair()
+    with api, engine:
+        api.sendall(frame(encode(EngineConfig(path=str(tmp_path), device="cuda"))))
+        loop.serve(engine)
+        told = read_frame(api)
+    assert told is not None
+    event = decode_event(told)
+    assert isinstance(event, Fatal)
+    assert "GPU has not enough memory" in event.message
