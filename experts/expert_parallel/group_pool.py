@@ -28,6 +28,11 @@ class GroupPool(DevicePool):
         self._expert_tokens.copy_(self._counted_before)
         return False
 
+    @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """Of the workers that live."""
+        return self._group.worker_pids
+
     def close(self) -> None:
         """End the workers."""
         self._group.close()

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
 LOAD_SECONDS = 3600.0  # of experts from a cold disk
-LEAVE_SECONDS = 5.0
+LEAST_LEAVE_SECONDS = 1.0
 
 
 class NoWorkers(BaristaError):
@@ -164,7 +164,7 @@ class ParallelPool:
         while True:
             # In two steps: nobody's memory may be given back while somebody has it open.
             self._tell_all({"do": "leave"})
-            self._answers("leave", LEAVE_SECONDS)
+            self._answers("leave", max(LEAST_LEAVE_SECONDS, self._config.timeout))
             self._drop_windows()
             if not self._workers:
                 raise NoWorkers("No worker of the GPU group is left.", "The lines above say how they were lost.")

@@ -69,9 +69,7 @@ def load_on_cuda(
     held = on_device(held)
     group = _group_config(config, device)
     spec = model_spec(checkpoint.config)
-    require_room_on_device(
-        checkpoint, spec, held, torch.cuda.mem_get_info(device)[0], with_experts=group is None
-    )
+    require_room_on_device(checkpoint, spec, held, torch.cuda.mem_get_info(device)[0], with_experts=group is None)
     dtype = getattr(torch, held.dtype)
     model = load_device_model(
         checkpoint, dtype, device, config.max_model_len, report, weight_format=held.format, group=group

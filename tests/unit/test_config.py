@@ -40,6 +40,11 @@ def test_flags_win_over_the_environment_and_the_environment_over_the_file(
     assert dataclasses.asdict(config) == expected
 
 
+def test_workers_on_gpus_are_the_engines_own() -> None:
+    assert not ServeConfig(device="cuda", workers=8).has_pool
+    assert ServeConfig(workers=8).has_pool
+
+
 @pytest.mark.parametrize("weight_format", ["auto", "float32", "bf16", "fp8"])
 def test_a_gpu_holds_a_whole_model(weight_format: str) -> None:
     assert ServeConfig(device="cuda", format=weight_format).device == "cuda"
@@ -50,9 +55,10 @@ def test_a_gpu_holds_a_whole_model(weight_format: str) -> None:
     [
         ({"format": "int8"}, "format is int8"),
         ({"format": "mxfp4"}, "format is mxfp4"),
-        ({"workers": 2}, "workers compute on CPUs alone"),
-        ({"pool": "house"}, "workers compute on CPUs alone"),
-        ({"controller": "host:1"}, "workers compute on CPUs alone"),
+        ({"pool": "house"}, "pool is house: pools compute on CPUs alone"),
+        ({"controller": "host:1"}, "controller is host:1: pools compute on CPUs alone"),
+        ({"workers": 2, "redundancy": 3}, "redundancy is 3, but workers on GPUs have no such setting"),
+        ({"workers": 2, "transport": "shm"}, "transport is shm, but workers on GPUs"),
         ({"expert_memory": 10**9}, "expert_memory is 1000000000"),
     ],
 )

@@ -426,6 +426,6 @@ def test_without_the_deployments_token_nothing_starts(words: list[str], monkeypa
     assert TOKEN_VARIABLE in str(result.exception)
 
 
-def test_workers_on_gpus_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"device is 'cuda'.*CPUs alone"):
+def test_a_pool_on_gpus_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"device is 'cuda', but pool is house: pools compute on CPUs alone"):
         dataclasses.replace(ServeConfig(pool="house", workers=2), device="cuda")

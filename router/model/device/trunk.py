@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from experts.kernels.reference import rms_norm
 from experts.device.pool import DevicePool
+from experts.kernels.reference import rms_norm
 from router.kv_cache.storage import allocate_device_cache, nowhere
 from router.model.batch import Batch
 from router.model.device.contexts import context

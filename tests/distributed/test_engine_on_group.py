@@ -1,0 +1,98 @@
+"""An engine whose experts are on ranks of a group: the answers of one that holds them, also when a rank is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from experts.checkpoint import open_checkpoint
+from experts.expert_parallel.group_pool import GroupPool
+from experts.expert_parallel.pool import GroupConfig
+from router.model.load import Model, load_model
+from tests import tiny
+from tests.device_models import CPU, device_model, run_again
+from tests.engines import Recorder, answer, engine_on, request
+
+SUBMITS = [
+    *(request(f"greedy {i}", [10 + i, 4, 5, 6], max_tokens=10, temperature=0) for i in range(4)),
+    request("long", range(3, 33), max_tokens=6, temperature=0),
+    request("drawn", [7, 8, 9], max_tokens=10, temperature=0.9, seed=3),
+]
+BUDGET = 16
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("deepseek_v3")
+    tiny.make("deepseek_v3", directory)
+    return directory
+
+
+@contextmanager
+def on_group(
+    directory: Path, workers: int, timeout: float = 30.0, **changes: object
+) -> Iterator[tuple[Model, GroupPool]]:
+    config = GroupConfig(engine=CPU, workers=(CPU,) * workers, max_tokens=BUDGET, timeout=timeout)
+    model = device_model(directory, group=config, **changes)
+    assert isinstance(model.pool, GroupPool)
+    try:
+        yield model, model.pool
+    finally:
+        model.pool.close()
+
+
+def stepping(model: Model, before_step: Callable[[int], object]) -> tuple[Recorder, object]:
+    """The answers to SUBMITS, and how often each expert was chosen. before_step: told of each step's number."""
+    engine, recorder = engine_on(model, budget=BUDGET), Recorder()
+    for submit in SUBMITS:
+        engine.submit(submit)
+    step = 0
+    while engine.has_work:
+        before_step(step)
+        recorder.record(engine.step())
+        step += 1
+    return recorder, engine.stats().expert_tokens
+
+
+@pytest.mark.parametrize("capture", [None, run_again], ids=["by kernel", "captured"])
+def test_the_answers_are_those_of_an_engine_with_its_own_experts(directory: Path, capture) -> None:
+    wanted = answer(engine_on(load_model(open_checkpoint(directory), torch.float32)), SUBMITS)
+    with on_group(directory, 2, capture=capture) as (model, _):
+        ours, _ = stepping(model, lambda step: None)
+    assert ours.tokens == wanted.tokens
+    assert ours.finished == wanted.finished
+    assert not ours.failed
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_worker_costs_no_token_and_no_count(directory: Path, how: signal.Signals) -> None:
+    with on_group(directory, 3, timeout=30.0 if how == signal.SIGKILL else 0.5, capture=run_again) as (model, pool):
+        wanted, counts = stepping(model, lambda step: None)
+        before = torch.tensor(counts)
+        lost = []
+
+        def lose(step: int) -> None:
+            if step in (3, 8):
+                lost.append(pool.worker_pids[-1])
+                os.kill(lost[-1], how)
+
+        ours, counts = stepping(model, lose)
+        assert len(lost) == 2
+        assert not set(lost) & set(pool.worker_pids)
+    assert ours.tokens == wanted.tokens
+    assert ours.finished == wanted.finished
+    assert not ours.failed
+    assert torch.equal(torch.tensor(counts), 2 * before)
+
+
+def test_fp8_experts_are_packed_once_and_read_by_every_worker(directory: Path) -> None:
+    alone = answer(engine_on(device_model(directory, weight_format="fp8"), budget=BUDGET), SUBMITS)
+    with on_group(directory, 2, weight_format="fp8") as (model, _):
+        ours, _ = stepping(model, lambda step: None)
+    assert ours.tokens == alone.tokens
