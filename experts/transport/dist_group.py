@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,7 @@ class Group:
             raise ConfigError("This process is in a torch.distributed group already.", "Leave that first.")
         self.rank, self.size, self.device = rank, agreement.world_size, device
         self._agreement = agreement
+        self._under_way: WeakSet[Works] = WeakSet()
         backend = "gloo"
         if device.type != "cpu":
             backend = f"cpu:gloo,{device.type}:nccl"
@@ -63,41 +65,54 @@ class Group:
     def broadcast(self, tensor: Tensor) -> Works:
         """Start copying rank 0's tensor into everybody's."""
         with _broken("a broadcast failed"):
-            return Works([("a broadcast failed", dist.broadcast(tensor, 0, async_op=True))])
+            return self._started([("a broadcast failed", dist.broadcast(tensor, 0, async_op=True))])
 
     def reduce(self, tensor: Tensor) -> Works:
         """Start adding everybody's tensor to rank 0's. What is left in the others' is of no use."""
         with _broken("a reduction failed"):
-            return Works([("a reduction failed", dist.reduce(tensor, 0, async_op=True))])
+            return self._started([("a reduction failed", dist.reduce(tensor, 0, async_op=True))])
 
     def leave(self) -> None:
         """End the group, for the others as well. Idempotent."""
         if dist.is_initialized():
             dist.destroy_process_group()
+            for works in self._under_way:
+                works.forget()
 
     def _exchange(self, operation: Callable[..., Any], tensors: Mapping[int, Tensor]) -> Works:
         if not tensors:
-            return Works([])
+            return self._started([])
         names = [f"{self._agreement.name(peer)} is lost" for peer in tensors]
         with _broken(" or ".join(names)):
             works = dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer) for peer, tensor in tensors.items()])
         if len(works) != len(names):  # NCCL makes one of all
             names = [" or ".join(names)] * len(works)
-        return Works(list(zip(names, works, strict=True)))
+        return self._started(list(zip(names, works, strict=True)))
+
+    def _started(self, works: list[tuple[str, dist.Work | None]]) -> Works:
+        started = Works(works)
+        self._under_way.add(started)
+        return started
 
 
 class Works:
     """Operations under way, each with what has happened if it fails."""
 
     def __init__(self, works: list[tuple[str, dist.Work | None]]) -> None:
-        self._works = works
+        self._works: list[tuple[str, dist.Work | None]] | None = works
 
     def wait(self, timeout: timedelta | None = None) -> None:
         """Until all are done. timeout: instead of the group's. Raises GroupBroken."""
+        if self._works is None:
+            raise GroupBroken("the group has ended")
         for failure, work in self._works:
             if work is not None:
                 with _broken(failure):
                     work.wait() if timeout is None else work.wait(timeout)
+
+    def forget(self) -> None:
+        """The group has ended. While an operation of gloo's is in memory, its sockets stay open."""
+        self._works = None
 
 
 @contextlib.contextmanager
