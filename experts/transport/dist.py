@@ -114,7 +114,7 @@ class DistTransport:
             try:
                 return self._way.dispatch(batch)
             except GroupBroken as error:
-                self._break(f"step {batch.step}, layer {batch.layer}: {error}")
+                self._break(batch, error)
         return Flight(batch)
 
     def combine(self, ticket: Flight) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ class DistTransport:
                     works.wait()
                 return self._way.combine(ticket)
             except GroupBroken as error:
-                self._break(f"step {ticket.batch.step}, layer {ticket.batch.layer}: {error}")
+                self._break(ticket.batch, error)
         hidden_states = ticket.batch.hidden_states
         failed = torch.ones(len(hidden_states), dtype=torch.bool, device=hidden_states.device)
         return torch.zeros_like(hidden_states, memory_format=torch.contiguous_format), failed
@@ -133,7 +133,8 @@ class DistTransport:
     def leave(self) -> None:
         """End the group; its workers are free for another one. Idempotent."""
         if self.broken is None:
-            self._break("the engine has left")
+            self.broken = "the engine has left"
+            self._group.leave()
 
     def stop(self) -> None:
         """As leave, and the workers end."""
@@ -144,9 +145,10 @@ class DistTransport:
                 logger.warning("not every worker could be told to end: %s", error)
             self.leave()
 
-    def _break(self, reason: str) -> None:
-        self.broken = reason
-        logger.warning("the group of %d ranks has ended: %s", self._group.size, reason)
+    def _break(self, batch: DispatchBatch, error: GroupBroken) -> None:
+        """The group is lost, which is said here and nowhere else."""
+        self.broken = f"step {batch.step}, layer {batch.layer}: {error}"
+        logger.warning("the group of %d ranks is lost: %s", self._group.size, self.broken)
         self._group.leave()  # so that no worker waits for what does not come
 
 

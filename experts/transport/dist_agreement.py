@@ -18,8 +18,9 @@ class Agreement:
     """Who is in a group, who holds what, and how rows travel. Rank 0 is the engine and holds no expert.
 
     members: the workers' names; the first is rank 1. hidden_size: values in a row; dtype: torch's name of theirs.
-    owners: by layer the rank of each expert, [num_experts]. way: see experts.transport.dist. timeout: seconds after
-    which a rank that has not answered is lost; longer than the longest layer takes.
+    owners: by layer the rank of each expert, [num_experts]. numerics_id, digest: of the kernels and of the checkpoint,
+    as the engine would compute with them. way: see experts.transport.dist. timeout: seconds after which a rank that has
+    not answered is lost; longer than the longest layer takes.
     Raises ConfigError for values that no group could work with.
     """
 
@@ -27,6 +28,8 @@ class Agreement:
     hidden_size: int
     dtype: str
     owners: Mapping[int, tuple[int, ...]]
+    numerics_id: str
+    digest: str
     way: str = "all_to_all"
     timeout: float = 10.0
 
@@ -75,16 +78,21 @@ class Agreement:
         }
         return {layer: experts for layer, experts in held.items() if experts}
 
-    def require(self, *, hidden_size: int, dtype: str, num_experts: Mapping[int, int]) -> None:
-        """Raises ConfigError unless it is about such a model. num_experts: by layer."""
+    def require(
+        self, *, hidden_size: int, dtype: str, num_experts: Mapping[int, int], numerics_id: str, digest: str
+    ) -> None:
+        """Raises ConfigError unless it is about such a worker's model. num_experts: by layer."""
         placed = {layer: len(ranks) for layer, ranks in self.owners.items()}
-        here = {"hidden_size": hidden_size, "dtype": dtype, "experts by layer": dict(num_experts)}
-        there = {"hidden_size": self.hidden_size, "dtype": self.dtype, "experts by layer": placed}
-        for what, value in here.items():
-            if value != there[what]:
-                raise ConfigError(
-                    f"{what} is {value} here and {there[what]} at the engine.", "Start both with one checkpoint."
-                )
+        for what, here, there in (
+            ("hidden_size", hidden_size, self.hidden_size),
+            ("dtype", dtype, self.dtype),
+            ("experts by layer", dict(num_experts), placed),
+            ("numerics_id", numerics_id, self.numerics_id),
+            ("digest", digest, self.digest),
+        ):
+            if here != there:
+                remedy = "Start both with one checkpoint and format, on machines of one kind."
+                raise ConfigError(f"{what} is {here} here and {there} at the engine.", remedy)
 
     def to_json(self) -> str:
         """For from_json in another process."""

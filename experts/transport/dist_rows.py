@@ -59,9 +59,11 @@ def pack(*columns: Tensor) -> Tensor:
 
 
 def unpack(message: Tensor, *columns: tuple[torch.dtype, int]) -> list[Tensor]:
-    """What `pack` was given, contiguous. columns: dtype and width of each."""
+    """What `pack` was given, each in memory of its own. columns: dtype and width of each."""
     parts = torch.split(message, [dtype.itemsize * width for dtype, width in columns], dim=1)
-    return [part.contiguous().view(dtype) for part, (dtype, _) in zip(parts, columns, strict=True)]
+    # Cloned, since a single row counts as contiguous whatever its stride.
+    whole = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+    return [part.view(dtype) for part, (dtype, _) in zip(whole, columns, strict=True)]
 
 
 def weighted_sum(rows: Tensor, places: Tensor, topk_weights: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from functools import cache
 import torch
 
 from experts import kernels
+from experts.numerics import numerics_id
 from experts.transport.dist import ExpertRows
 from experts.transport.dist_agreement import Agreement
 from experts.transport.dist_rendezvous import run_worker
@@ -20,6 +21,7 @@ HIDDEN, INTERMEDIATE = 40, 24
 NUM_EXPERTS = 7
 LAYERS = (1, 3, 9)
 LAYER_THAT_RAISES = 9
+DIGEST = "5eed"
 
 
 @cache
@@ -37,8 +39,14 @@ def table(layer: int, experts: tuple[int, ...], dtype: torch.dtype) -> kernels.E
 
 def load(agreement: Agreement, experts: Mapping[int, tuple[int, ...]]) -> ExpertRows:
     num_experts = dict.fromkeys(LAYERS, NUM_EXPERTS)
-    agreement.require(hidden_size=HIDDEN, dtype=agreement.dtype, num_experts=num_experts)
     dtype = getattr(torch, agreement.dtype)
+    agreement.require(
+        hidden_size=HIDDEN,
+        dtype=agreement.dtype,
+        num_experts=num_experts,
+        numerics_id=numerics_id(dtype),
+        digest=DIGEST,
+    )
     tables = {layer: table(layer, ids, dtype) for layer, ids in experts.items()}
 
     def rows(layer: int, hidden_states: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
