@@ -1,4 +1,4 @@
-"""One layer's tensors as they travel between ranks: who gets which rows, how they are packed, how they are added up.
+"""One layer's tensors as they travel between ranks: whether they fit, who gets which, how they are packed and added up.
 
 All of it works wherever the tensors lie. Where they lie in memory, `combine_on_cpu` is the fast way to combine.
 """
@@ -11,7 +11,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from barista.errors import BaristaError
 from experts import kernels
+from experts.pool import DispatchBatch
+from experts.transport.dist_agreement import Agreement
+
+
+def check_batch(batch: DispatchBatch, agreement: Agreement) -> None:
+    """Raises BaristaError unless the batch is of the agreed shape and asks for experts that there are."""
+    owners = agreement.owners.get(batch.layer)
+    if owners is None:
+        raise BaristaError(f"Layer {batch.layer} has no experts.", f"Those with experts: {sorted(agreement.owners)}.")
+    hidden_states, topk_ids = batch.hidden_states, batch.topk_ids
+    dtype = str(hidden_states.dtype).removeprefix("torch.")
+    if (dtype, hidden_states.shape[1]) != (agreement.dtype, agreement.hidden_size):
+        raise BaristaError(
+            f"Rows of {hidden_states.shape[1]} {dtype} values do not fit a group that agreed on "
+            f"{agreement.hidden_size} of {agreement.dtype}.",
+            "Form a group for this model.",
+        )
+    if topk_ids.shape != batch.topk_weights.shape or len(topk_ids) != len(hidden_states):
+        shapes = [tuple(tensor.shape) for tensor in (hidden_states, topk_ids, batch.topk_weights)]
+        raise BaristaError(f"Rows, ids and weights of shapes {shapes} do not belong together.", "One row a token.")
+    unknown = topk_ids[(topk_ids < -1) | (topk_ids >= len(owners))]
+    if len(unknown):
+        raise BaristaError(
+            f"Expert {int(unknown[0])} of layer {batch.layer} was asked for.",
+            f"It has experts 0 to {len(owners) - 1}; -1 asks for none.",
+        )
 
 
 @dataclass(frozen=True, slots=True)

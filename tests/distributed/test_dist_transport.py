@@ -19,7 +19,7 @@ from experts.numerics import numerics_id
 from experts.pool import DispatchBatch, ExpertPool
 from experts.transport.dist import DistTransport
 from experts.transport.dist_agreement import Agreement
-from experts.transport.dist_group import Group
+from experts.transport.dist_group import Group, GroupBroken
 from experts.transport.dist_rendezvous import Rendezvous
 from experts.transport.local import LocalTransport
 from tests.distributed import dist_worker
@@ -74,9 +74,15 @@ class Crew:
             process.send_signal(signal.SIGCONT)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def loopback():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        yield
+
+
 @pytest.fixture(scope="module")
-def crew():
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+def crew(loopback):
     crew = Crew()
     try:
         crew.gather()
@@ -86,7 +92,6 @@ def crew():
     finally:
         for name in crew.processes:
             crew.kill(name)
-        del os.environ["GLOO_SOCKET_IFNAME"]
 
 
 def agreement(num_workers: int = 3, way: str = "all_to_all", dtype: str = "float32", **changes) -> Agreement:
@@ -332,6 +337,17 @@ def test_a_member_that_has_not_come_is_named(crew):
     crew.gather()
     with pytest.raises(ConfigError, match=r"Worker nobody cannot join the group: it has said nothing for 0.1 s"):
         crew.rendezvous.form(agreement(2, members=("w0", "nobody")), within=0.1)
+
+
+def test_a_member_that_is_lost_while_the_group_is_made_leaves_the_others_for_the_next_one(crew):
+    crew.gather()
+    host, port = crew.rendezvous.address.split(":")
+    store = torch.distributed.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+    store.set(f"group-{store.add('groups', 0)}/rank-2", "yes")  # a ghost says that it is ready, and is not there
+    with pytest.raises(GroupBroken, match="could not be formed"):
+        crew.rendezvous.form(agreement(2, members=("w0", "ghost"), timeout=HANG), SOON)
+    with crew.group(agreement()) as transport:
+        assert_same_bytes(transport, batch(3, 2, seed=13))
 
 
 def test_a_process_is_in_one_group_at_a_time(crew):
