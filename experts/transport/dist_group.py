@@ -51,7 +51,7 @@ class Group:
                 dist.init_process_group(backend, store=store, rank=rank, world_size=self.size, timeout=timeout)
                 dist.all_reduce(torch.zeros(1, device=device))  # NCCL wants everybody in a group's first operation
         except GroupBroken:
-            self.leave()
+            _count_anew()
             raise
 
     def send(self, messages: Mapping[int, Tensor]) -> Works:
@@ -93,6 +93,15 @@ class Group:
         started = Works(works)
         self._under_way.add(started)
         return started
+
+
+def _count_anew() -> None:
+    """torch names a group by a count, which all of its ranks must share and only the end of a group sets back to 0."""
+    if not dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Works:
