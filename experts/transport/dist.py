@@ -7,7 +7,7 @@ all_to_all: a token's row goes once to each rank that holds some of its experts,
   each rounded to the model's dtype; the engine weights and adds them in float32 in top-k order and rounds once. The
   bytes are those of LocalTransport. Since all rows start and end at rank 0, the exchange is written as sends and
   receives, of which NCCL's all_to_all_single is made, too. gloo's sends an empty message between every two workers as
-  well: that takes more than twice as long, and each worker then waits for every other one.
+  well: that takes about twice as long, and each worker then waits for every other one.
 all_gather: every row goes to every rank, and the ranks' weighted sums are added on the way back (all-gather and
   reduce-scatter; with one engine these are a broadcast and a reduction). The sums are float32, but their order is that
   of the ranks: NOT the bytes of LocalTransport.

@@ -53,6 +53,7 @@ class Group:
         except GroupBroken:
             _count_anew()
             raise
+        self._joined = True
 
     def send(self, messages: Mapping[int, Tensor]) -> Works:
         """Start sending each rank its contiguous tensor, which may not change until it has gone."""
@@ -74,7 +75,8 @@ class Group:
 
     def leave(self) -> None:
         """End the group, for the others as well. Idempotent."""
-        if dist.is_initialized():
+        if self._joined:
+            self._joined = False
             dist.destroy_process_group()
             for works in self._under_way:
                 works.forget()

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from barista.addresses import is_host_port
 from barista.errors import BaristaError, ConfigError
 from experts.transport.dist import ExpertRows, serve
 from experts.transport.dist_agreement import Agreement
@@ -40,10 +41,13 @@ _END = "end"
 
 
 class Rendezvous:
-    """The engine's end. Listens on `address`; port 0 takes a free one."""
+    """The engine's end. Listens on `address`; port 0 takes a free one. Raises ConfigError if it cannot be had."""
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
-        listener = socket.create_server((host, port))  # the store by itself would listen on every interface
+        try:
+            listener = socket.create_server((host, port))  # the store by itself would listen on every interface
+        except OSError as error:
+            raise ConfigError(f"Cannot listen on {host}:{port}: {error}.", "Choose another port or address.") from error
         port = listener.getsockname()[1]
         self.address = f"{host}:{port}"
         self._store = dist.TCPStore(
@@ -93,8 +97,11 @@ class Rendezvous:
 def run_worker(address: str, name: str, load: Load, device: torch.device = _CPU) -> None:
     """A worker: serve in group after group until the engine says stop. address: of the engine's Rendezvous.
 
-    name: this worker's own, as no other's. Raises GroupBroken once the engine has gone, or if it is not there.
+    name: this worker's own, as no other's. Raises GroupBroken once the engine has gone, or if it is not there, and
+    ConfigError for what is no address.
     """
+    if not is_host_port(address):
+        raise ConfigError(f"{address!r} is no HOST:PORT.", "Give that of the engine's rendezvous.")
     host, _, port = address.rpartition(":")
     try:
         store = dist.TCPStore(host, int(port), is_master=False, timeout=_CONNECT, wait_for_workers=False)
