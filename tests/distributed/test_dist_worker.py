@@ -27,7 +27,10 @@ ROOT = Path(__file__).parents[2]
 NAMES = ("w0", "w1")
 SOON = 60.0  # seconds within which what must happen has happened on any machine
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the loopback interface is named as on Linux")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or kernels.numerics_id() == "torch-reference",
+    reason="the interface is named as on Linux, and without a compiler bytes depend on the batch",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
