@@ -88,7 +88,7 @@ def time_wire(remote: RemotePool, rows: Rows, steps: int) -> WireTimes:
     times = WireTimes()
     for step in range(steps):
         for layer, topk_ids in rows.topk_ids.items():
-            _work_on_trunk()
+            work_on_trunk()
             before = [member.compute_seconds for member in remote.roster.members]
             started = time.perf_counter()
             _, failed = remote.experts.begin(step, layer, rows.hidden_states, topk_ids, rows.topk_weights).wait()
@@ -106,7 +106,7 @@ class LocalExperts:
         checkpoint, dtype = open_checkpoint(model.path), getattr(torch, model.dtype)
         part = expert_part(checkpoint, model.layers, model.format)  # the workers have packed it
         reader = ExpertReader(part.over(checkpoint), dtype)
-        self._tables = {
+        self.tables = {
             layer: kernels.ExpertTable(
                 {e: reader.read(s, layer, e) for e in range(s.num_experts)}, s.num_experts, dtype=dtype
             )
@@ -119,9 +119,9 @@ class LocalExperts:
         seconds = []
         for _ in range(steps):
             for layer, topk_ids in rows.topk_ids.items():
-                _work_on_trunk()
+                work_on_trunk()
                 started = time.perf_counter()
-                kernels.expert_rows(rows.hidden_states, topk_ids, self._tables[layer])
+                kernels.expert_rows(rows.hidden_states, topk_ids, self.tables[layer])
                 seconds.append(time.perf_counter() - started)
         return seconds
 
@@ -168,7 +168,7 @@ def median_percentile(rounds: Sequence[Sequence[float]], percent: int) -> float:
     return 1e6 * statistics.median(sorted(times)[-(-len(times) * percent // 100) - 1] for times in rounds)
 
 
-def _work_on_trunk() -> None:
+def work_on_trunk() -> None:
     """Busy, as an engine is."""
     end = time.perf_counter() + TRUNK_SECONDS
     while time.perf_counter() < end:
