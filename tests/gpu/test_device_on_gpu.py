@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
+
+pytest.importorskip("msgspec", reason="the engine's packages are not installed: pip install msgspec")
 
 from experts import kernels
 from experts.checkpoint import open_checkpoint
@@ -155,6 +156,7 @@ def test_serve_answers_from_a_gpu_what_it_answers_from_the_cpu(tmp_path: Path) -
 
 def served_text(model: Path, *flags: str) -> str:
     """What a server of the model answers to one prompt, greedily."""
+    httpx = pytest.importorskip("httpx", reason="the server's packages are not installed")
     command = [sys.executable, "-m", "router.cli", "serve", str(model), "--port", "0", "--json", *flags]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as server:
         try:
