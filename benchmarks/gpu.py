@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from benchmarks.gpu_bytes import Cycle, expert_layer_bytes
+from benchmarks.gpu_model import decode_steps, write_random_model
 from experts.device.experts import DeviceExperts
 from experts.expert_parallel.machine import cuda_library
 from experts.expert_parallel.memory import GpuMemory
@@ -200,6 +203,14 @@ def layer_lines(clock: Clock, bandwidth: float, num_experts: int) -> Iterator[Li
         yield Line(f"MoE layer, {num_experts} experts, bf16", tokens, timed(layer), nbytes / bandwidth)
 
 
+def model_lines(bandwidth: float) -> Iterator[Line]:
+    """Decode steps of a whole model, logits on the host."""
+    with tempfile.TemporaryDirectory(prefix="barista-") as folder:
+        what = write_random_model(Path(folder))
+        for sequences, seconds, nbytes in decode_steps(Path(folder), GPU):
+            yield Line(f"decode step, {what}", sequences, seconds, nbytes / bandwidth)
+
+
 def main() -> None:
     """Measure, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -217,9 +228,13 @@ def main() -> None:
     for line in layer_lines(clock, bandwidth, EXPERTS if free > needed else EXPERTS // 4):
         print(line, flush=True)
         lines.append(line)
+    torch.cuda.empty_cache()
+    for line in model_lines(bandwidth):
+        print(line, flush=True)
+        lines.append(line)
     print(
         f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s\n\n"
-        "| what | tokens a rank | us | floor us | floor / time |\n|---|---|---|---|---|"
+        "| what | tokens | us | floor us | floor / time |\n|---|---|---|---|---|"
     )
     print("\n".join(map(str, lines)))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from router.model.families import model_spec
 from router.model.tensors import expert_tensors, trunk_tensors
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-30b-a3b": {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -75,9 +76,13 @@ def main() -> None:
     parser.add_argument("--shapes", choices=SHAPES, default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, default=8)
     args = parser.parse_args()
-    args.directory.mkdir(parents=True, exist_ok=True)
-    config = SHAPES[args.shapes] | {"num_hidden_layers": args.layers}
-    (args.directory / "config.json").write_text(json.dumps(config))
+    write_model(args.directory, SHAPES[args.shapes] | {"num_hidden_layers": args.layers})
+
+
+def write_model(directory: Path, config: dict[str, Any]) -> None:
+    """The checkpoint of such a configuration, of one seed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
     spec = model_spec(config)
     shards: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in (trunk_tensors(spec) | expert_tensors(spec)).items():
@@ -85,9 +90,9 @@ def main() -> None:
         shards.setdefault(f"model-{part}.safetensors", {})[name] = shape
     torch.manual_seed(0)
     for file, shapes in shards.items():
-        save_file({name: random_tensor(shape) for name, shape in shapes.items()}, args.directory / file)
+        save_file({name: random_tensor(shape) for name, shape in shapes.items()}, directory / file)
     weight_map = {name: file for file, shapes in shards.items() for name in shapes}
-    (args.directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def random_tensor(shape: tuple[int, ...]) -> torch.Tensor:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+
+from benchmarks import gpu_model
 from benchmarks.gpu import Line
 from benchmarks.gpu_bytes import Cycle, expected_copies, expert_layer_bytes
+from benchmarks.random_model import write_model
 
 COPY = 4.3e12
 
@@ -36,3 +41,33 @@ def test_one_token_wakes_its_experts_alone() -> None:
 
 def test_a_line_shows_the_share_of_the_limit() -> None:
     assert str(Line("dispatch", 128, 20e-6, 10e-6)) == "| dispatch | 128 | 20.0 | 10.0 | 50% |"
+
+
+def test_a_decode_step_counts_the_experts_that_it_wakes(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 32,
+        "intermediate_size": 64,
+        "vocab_size": 1024,
+        "max_position_embeddings": 512,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    write_model(tmp_path, config)
+    one, *_, many = gpu_model.decode_steps(tmp_path, torch.device("cpu"))
+    expert = 3 * 64 * 32 * 2
+    trunk = one.nbytes - 2 * 2 * expert  # two experts in each of two layers
+    assert trunk > 1024 * 64 * 2  # the head is read whole
+    assert many.nbytes == pytest.approx(trunk + 2 * 8 * expert, rel=0.01)
+    assert many.seconds > 0
