@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from barista.errors import ConfigError
 from experts.expert_parallel.library import KernelError
+from experts.expert_parallel.rank import Ranks
 from experts.expert_parallel.shape import ExpertMap, GroupShape
 from experts.expert_parallel.structs import ABORTED, BAD_ID, OVERFLOW, TIMED_OUT, UNREACHABLE
 from tests.unit.expert_parallel import (
@@ -148,7 +149,7 @@ def test_more_expert_rows_than_there_is_room_for_fail_their_tokens_and_are_told(
 def test_a_rank_that_never_comes_is_given_up_and_its_pairs_fail() -> None:
     shape = GroupShape(num_ranks=3, num_experts=3, max_local_experts=1, top_k=2, hidden_size=8, max_tokens=3)
     group = Group(shape, ExpertMap.of([0, 1, 2], 3), timeout=0.05)
-    here = type(group.together)(group.library, group.ranks[:2])
+    here = Ranks(group.library, group.ranks[:2])
     ids = torch.tensor([[0, 1], [1, 2], [2, 0]], dtype=torch.int32)
     tokens = Tokens(torch.randn(3, 8).to(torch.bfloat16), ids, torch.rand(3, 2))
     answers = group.feed([tokens] * 3)
@@ -166,10 +167,41 @@ def test_a_rank_that_never_comes_is_given_up_and_its_pairs_fail() -> None:
     assert group.ranks[0].state().status == TIMED_OUT | UNREACHABLE
 
 
+def test_a_rank_that_comes_too_late_disturbs_nobody() -> None:
+    shape = GroupShape(num_ranks=3, num_experts=3, max_local_experts=1, top_k=1, hidden_size=8, max_tokens=4)
+    experts = ExpertMap.of([0, 1, 2], 3)
+    group = Group(shape, experts, timeout=0.05)
+    here, late = (Ranks(group.library, ranks) for ranks in (group.ranks[:2], group.ranks[2:]))
+    generator = torch.Generator().manual_seed(9)
+
+    def draw(num_experts: int) -> Tokens:
+        ids = torch.randint(0, num_experts, (4, 1), generator=generator, dtype=torch.int32)
+        return Tokens(torch.randn(4, 8, generator=generator).to(torch.bfloat16), ids, torch.rand(4, 1))
+
+    group.feed([draw(3) for _ in range(3)])
+    here.send()  # gives the third one up
+    group.compute()
+    here.receive()
+    for _ in range(3):
+        tokens = [draw(2), draw(2), draw(3)]
+        answers = group.feed(tokens)
+        here.route()
+        here.dispatch()
+        late.send()  # writes into windows of those that have given it up, between their own steps
+        here.sync_dispatch()
+        here.expand()
+        group.compute()
+        late.receive()
+        here.receive()
+        for mine, (output, failed) in zip(tokens[:2], answers[:2], strict=True):
+            assert same(output, expected(mine, experts, "exact", as_it_is)[0])
+            assert not failed.any()
+
+
 def test_an_abort_ends_a_wait_and_all_later_ones() -> None:
     shape = GroupShape(num_ranks=2, num_experts=2, max_local_experts=1, top_k=1, hidden_size=8, max_tokens=2)
     group = Group(shape, ExpertMap.of([0, 1], 2), timeout=3600.0)
-    alone = type(group.together)(group.library, group.ranks[:1])
+    alone = Ranks(group.library, group.ranks[:1])
     tokens = Tokens(torch.randn(2, 8).to(torch.bfloat16), torch.tensor([[0], [1]], dtype=torch.int32), torch.ones(2, 1))
     (_, failed), _ = group.feed([tokens] * 2)
     group.library.call("ep_window_abort", group.ranks[0].window.address)
