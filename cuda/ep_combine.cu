@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kMaxThreads) reduce(const __grid_constant__ ep
 }
 
 ep_grid grid_of(const ep_shape& shape, uint32_t blocks) {
-    return {blocks, ep_threads_for(static_cast<uint32_t>(ep_value_row_bytes(&shape) / sizeof(ep_unit))), 0};
+    return {blocks, ep_threads_for(static_cast<uint32_t>(ep_value_row_bytes(&shape) / sizeof(ep_unit)))};
 }
 
 }  // namespace

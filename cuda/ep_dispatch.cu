@@ -110,9 +110,9 @@ extern "C" int32_t ep_dispatch(const ep_rank* ranks, uint32_t count, void* strea
     if (most == 0) return EP_OK;
     if (shape.wire == EP_VALUES) {
         const uint32_t units = static_cast<uint32_t>(ep_value_row_bytes(&shape) / sizeof(ep_unit));
-        return ep_run(dispatch<Wire::kValues>, ranks, count, {most, ep_threads_for(units), 0}, stream);
+        return ep_run(dispatch<Wire::kValues>, ranks, count, {most, ep_threads_for(units)}, stream);
     }
-    const ep_grid grid = {most, ep_threads_for(shape.hidden / 16), 0};
+    const ep_grid grid = {most, ep_threads_for(shape.hidden / 16)};
     if (shape.value == EP_FLOAT32) return ep_run(dispatch<Wire::kFp8OfFloat32>, ranks, count, grid, stream);
     return ep_run(dispatch<Wire::kFp8OfBfloat16>, ranks, count, grid, stream);
 }

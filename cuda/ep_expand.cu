@@ -97,7 +97,7 @@ __device__ void decode(const ep_unit* row, const float* scales, uint32_t hidden,
 
 template <Form kForm>
 __global__ void __launch_bounds__(kMaxThreads) expand(const __grid_constant__ ep_launch launch) {
-    extern __shared__ int32_t bases[];
+    __shared__ int32_t bases[EP_MAX_COUNTS];
     __shared__ Places to;
     const ep_rank& rank = launch.ranks[blockIdx.y];
     const ep_shape& shape = rank.shape;
@@ -135,7 +135,7 @@ template <Form kForm>
 int32_t run(const ep_rank* ranks, uint32_t count, uint32_t pieces, void* stream) {
     const ep_shape& shape = ranks[0].shape;
     const uint32_t threads = ep_threads_for(pieces), most = shape.num_ranks * shape.max_tokens;
-    ep_grid grid = {0, threads, static_cast<uint32_t>(shape.num_ranks * shape.max_local_experts * sizeof(int32_t))};
+    ep_grid grid = {0, threads};
     if (const int32_t error = ep_resident_blocks(threads, &grid.blocks)) return error;
     grid.blocks = grid.blocks < most ? grid.blocks : most;
     return ep_run(expand<kForm>, ranks, count, grid, stream);

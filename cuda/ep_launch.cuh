@@ -12,11 +12,10 @@ struct ep_launch {
     ep_rank ranks[EP_MAX_LOCAL_RANKS];
 };
 
-// What runs a launch's kernels. Threads are whole warps.
+// Blocks for each rank. Threads are whole warps.
 struct ep_grid {
     uint32_t blocks;
     uint32_t threads;
-    uint32_t shared_bytes;
 };
 
 constexpr uint32_t kMaxThreads = 512;
@@ -45,11 +44,15 @@ inline int32_t ep_resident_blocks(uint32_t threads, uint32_t* blocks) {
     return EP_OK;
 }
 
-template <class Kernel>
-int32_t ep_run(Kernel kernel, const ep_rank* ranks, uint32_t count, const ep_grid& grid, void* stream) {
+template <class... More>
+int32_t ep_run(void (*kernel)(ep_launch, More...), const ep_rank* ranks, uint32_t count, const ep_grid& grid,
+               void* stream, More... more) {
     ep_launch launch;
     launch.at = ep_offsets_of(&ranks[0].shape);
     for (uint32_t i = 0; i < count; ++i) launch.ranks[i] = ranks[i];
-    kernel<<<dim3(grid.blocks, count), grid.threads, grid.shared_bytes, static_cast<cudaStream_t>(stream)>>>(launch);
-    return -static_cast<int32_t>(cudaGetLastError());
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(grid.blocks, count);
+    config.blockDim = dim3(grid.threads);
+    config.stream = static_cast<cudaStream_t>(stream);
+    return -static_cast<int32_t>(cudaLaunchKernelEx(&config, kernel, launch, more...));
 }

@@ -90,5 +90,5 @@ __global__ void __launch_bounds__(kThreads) route(const __grid_constant__ ep_lau
 extern "C" int32_t ep_route(const ep_rank* ranks, uint32_t count, void* stream) {
     if (!ep_ranks_fit(ranks, count, EP_NEEDS_SOURCE)) return EP_INVALID;
     const ep_shape& shape = ranks[0].shape;
-    return ep_run(route, ranks, count, {shape.num_ranks + shape.num_experts + 1, kThreads, 0}, stream);
+    return ep_run(route, ranks, count, {shape.num_ranks + shape.num_experts + 1, kThreads}, stream);
 }

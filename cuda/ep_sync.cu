@@ -2,30 +2,9 @@
 // and the release order it before the cell for whoever acquires that, on any GPU. The kernels after this one read with
 // plain loads. One warp a rank, so that many virtual ranks can wait on one GPU and still leave it to others.
 #include "ep_launch.cuh"
+#include "ep_ptx.cuh"
 
 namespace {
-
-__device__ uint64_t load_acquire(const uint64_t* at) {
-    uint64_t value;
-    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(at) : "memory");
-    return value;
-}
-
-__device__ void store_release(uint64_t* at, uint64_t value) {
-    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(at), "l"(value) : "memory");
-}
-
-__device__ uint32_t load_relaxed(const uint32_t* at) {
-    uint32_t value;
-    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-    return value;
-}
-
-__device__ uint64_t now_ns() {
-    uint64_t time;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(time));
-    return time;
-}
 
 // Why a wait ended without its peer, 0 if the peer came.
 __device__ uint32_t wait_for(const ep_view& own, uint32_t phase, uint32_t peer, uint32_t epoch, uint64_t deadline,
@@ -33,11 +12,11 @@ __device__ uint32_t wait_for(const ep_view& own, uint32_t phase, uint32_t peer, 
     const uint64_t* word = &ep_cell_of(own, phase, peer)->epoch_and_value;
     const uint32_t* abort = &ep_header_of(own)->abort;
     while (true) {
-        const uint64_t seen = load_acquire(word);
+        const uint64_t seen = ep_load_acquire(word);
         *value = static_cast<uint32_t>(seen);
         if (static_cast<uint32_t>(seen >> 32) == epoch) return 0;
-        if (load_relaxed(abort)) return EP_ABORTED;
-        if (now_ns() > deadline) return EP_TIMED_OUT;
+        if (ep_load_relaxed(abort)) return EP_ABORTED;
+        if (ep_now_ns() > deadline) return EP_TIMED_OUT;
     }
 }
 
@@ -49,12 +28,12 @@ __global__ void __launch_bounds__(32) sync(const __grid_constant__ ep_launch lau
     const bool here = peer < rank.shape.num_ranks && (alive >> peer & 1u);
     const bool waits = here && peer != rank.rank;
     uint32_t got = here && phase == EP_DISPATCH ? state.sent[peer] : 0, lost = 0;
-    __threadfence_system();
+    ep_fence_system();
     if (waits) {
         const uint64_t word = static_cast<uint64_t>(epoch) << 32 | got;
-        store_release(&ep_cell_of(ep_view_of(rank, launch.at, peer), phase, rank.rank)->epoch_and_value, word);
+        ep_store_release(&ep_cell_of(ep_view_of(rank, launch.at, peer), phase, rank.rank)->epoch_and_value, word);
         const ep_view own = ep_view_of(rank, launch.at, rank.rank);
-        lost = wait_for(own, phase, peer, epoch, now_ns() + rank.timeout_ns, &got);
+        lost = wait_for(own, phase, peer, epoch, ep_now_ns() + rank.timeout_ns, &got);
         // A count that no window has room for is no peer's of ours.
         if (!lost && got > rank.shape.max_tokens) lost = EP_TIMED_OUT;
     }
@@ -72,9 +51,5 @@ __global__ void __launch_bounds__(32) sync(const __grid_constant__ ep_launch lau
 
 extern "C" int32_t ep_sync(const ep_rank* ranks, uint32_t count, uint32_t phase, void* stream) {
     if (!ep_ranks_fit(ranks, count, 0) || phase > EP_COMBINE) return EP_INVALID;
-    ep_launch launch;
-    launch.at = ep_offsets_of(&ranks[0].shape);
-    for (uint32_t i = 0; i < count; ++i) launch.ranks[i] = ranks[i];
-    sync<<<dim3(1, count), 32, 0, static_cast<cudaStream_t>(stream)>>>(launch, phase);
-    return -static_cast<int32_t>(cudaGetLastError());
+    return ep_run(sync, ranks, count, {1, 32}, stream, phase);
 }
