@@ -16,6 +16,7 @@ from experts.health.verdict import HEALTHY, Condition, Verdict, judge, worst
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 2.0
+CLOSE_SECONDS = 1.0
 COOLED_SECONDS = 30.0  # without a slowdown, until a GPU counts as cool: clocks near the limit go up and down
 
 
@@ -76,22 +77,26 @@ class GpuWatch:
         self._closed = threading.Event()
         self.report = self._record.observe(nvml.read(), clock())
         self._tell(HEALTHY)
-        self._thread = threading.Thread(target=self._look, name="gpu-watch", daemon=True)
+        self._thread = threading.Thread(target=self._keep_looking, name="gpu-watch", daemon=True)
         self._thread.start()
+
+    def look(self) -> None:
+        """One look, as the thread takes them."""
+        before = self.report.verdict
+        try:
+            self.report = self._record.observe(self._nvml.read(), self._clock())
+        except Exception:  # the next look may be better
+            log.exception("The GPUs could not be looked at.")
+        self._tell(before)
 
     def close(self) -> None:
         """End the looks. A thread that the driver keeps is left behind. Idempotent."""
         self._closed.set()
-        self._thread.join(self._look_seconds)
+        self._thread.join(CLOSE_SECONDS)
 
-    def _look(self) -> None:
+    def _keep_looking(self) -> None:
         while not self._closed.wait(self._look_seconds):
-            before = self.report.verdict
-            try:
-                self.report = self._record.observe(self._nvml.read(), self._clock())
-            except Exception:  # the next look may be better
-                log.exception("The GPUs could not be looked at.")
-            self._tell(before)
+            self.look()
         self._nvml.close()
 
     def _tell(self, before: Verdict) -> None:
