@@ -36,7 +36,8 @@ class Engine:
 
 
 class Picture:
-    """Members, target and placement. `revision` grows with everything that a watcher can see.
+    """Members, target and placement. `revision` grows with everything that watchers are told, `readings` with what is
+    told only to those who ask: the readings of GPUs, which change all the time.
 
     term, epoch: number the placements of all the pool's controllers in order. found: workers that an earlier one made.
     """
@@ -55,6 +56,7 @@ class Picture:
         self.term_is_ours = False
         self.moves = 0
         self.revision = 0
+        self.readings = 0
         self._unpublished_since: float | None = None
         self.began = now
         self.members.update((name, Member(name, now)) for name in found)

@@ -8,8 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from experts.health.nvml import Nvml
+from experts.health.nvml import Nvml, open_nvml
 from experts.health.reading import GpuHealth
 from experts.health.verdict import HEALTHY, Condition, Verdict, judge, worst
 
@@ -104,3 +105,9 @@ class GpuWatch:
         if verdict.condition is not before.condition:
             level = logging.INFO if verdict.condition is Condition.HEALTHY else logging.WARNING
             log.log(level, "The GPUs are %s. %s", verdict.condition.name.lower(), verdict.reason)
+
+
+def watch_gpus(gpus: Sequence[str], nvml: Any = None) -> GpuWatch | None:
+    """A watch over these, None where there is no driver of NVIDIA. Arguments and errors: as of `open_nvml`."""
+    opened = open_nvml(gpus, nvml)
+    return None if opened is None else GpuWatch(opened)
