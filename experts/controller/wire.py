@@ -14,6 +14,7 @@ from experts.controller.commands import MovedReplica
 from experts.controller.member import Description, Member, Reach
 from experts.controller.planning import problem
 from experts.controller.state import Pool
+from experts.health.verdict import HEALTHY
 from experts.health.wire import health_message, verdict_of
 
 _PROBE_SEED = 20
@@ -114,7 +115,7 @@ def _worker(pool: Pool, member: Member) -> controller_pb.Worker:
         incarnation=member.incarnation,
         detail=" ".join(filter(None, (member.verdict.reason, member.detail))),
         restarts=member.restarts,
-        health=health_message(member.verdict, member.gpus) if member.gpus else None,
+        health=health_message(member.verdict, member.gpus) if member.gpus or member.verdict != HEALTHY else None,
     )
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from barista.placement import ExpertKey
+from barista.v1 import experts_pb2
 from experts.controller.commands import (
     STALL_SECONDS,
     Command,
@@ -29,6 +30,7 @@ from experts.controller.reconcile import (
     SILENT_SECONDS,
     Action,
     Assign,
+    Move,
     Probe,
     Release,
     Restart,
@@ -36,11 +38,15 @@ from experts.controller.reconcile import (
     is_settled,
     next_actions,
 )
+from experts.controller.retirement import RETRY_SECONDS, retire_failing
 from experts.controller.state import MISSES_UNTIL_LOST, TIMEOUTS_UNTIL_LOST, Pool, PoolSettings
 from experts.controller.wire import by_layer, pool_state, probe_row
+from experts.health.verdict import HEALTHY, Condition, Verdict
 
 SIZE = 100
 MODEL = b"model"
+HOT = Verdict(Condition.THERMAL, 0.5, "GPU 0: hot.")
+BROKEN = Verdict(Condition.FATAL, 0.0, "GPU 0: XID 79.")
 
 
 def digest(key: ExpertKey) -> bytes:
@@ -61,11 +67,13 @@ class FakeWorker:
     term: int = 0
     epoch: int = 0
     held: dict[ExpertKey, bytes] = field(default_factory=dict)
+    verdict: Verdict = HEALTHY
 
-    def restart(self) -> None:
+    def restart(self, verdict: Verdict = HEALTHY) -> None:
         self.life += 1
         self.alive = True
         self.held = {}
+        self.verdict = verdict
 
     def describe(self) -> Description:
         return Description(
@@ -78,6 +86,7 @@ class FakeWorker:
             held=dict(self.held),
             term=self.term,
             epoch=self.epoch,
+            verdict=self.verdict,
         )
 
 
@@ -98,6 +107,7 @@ class World:
         )
         self.workers: dict[str, FakeWorker] = {}
         self.under_way: list[Action] = []
+        self.replaced: list[Action] = []
         self.add(self.pool.add(workers, self.now))
 
     def add(self, names: list[str]) -> None:
@@ -112,11 +122,13 @@ class World:
 
     def step(self) -> None:
         tend(self.pool, self.now)
+        retire_failing(self.pool, self.now)
         self.under_way += next_actions(self.pool, self.now)
 
     def carry_out(self, action: Action) -> None:
         """As a worker would, if it is still the same one; otherwise the action comes to nothing."""
-        if isinstance(action, Restart):
+        if isinstance(action, Restart | Move):
+            self.replaced.append(action)
             self.workers[action.worker].restart()
             return
         if isinstance(action, Stop):
@@ -724,6 +736,117 @@ def test_the_lease_ends_only_without_keeper_and_engines() -> None:
     assert not lease.is_over(101.0, engines=0)
 
 
+# ---------------------------------------------------------------- hardware
+
+
+def fails(world: World, name: str, verdict: Verdict = BROKEN) -> None:
+    world.workers[name].verdict = verdict
+    world.describe(name)
+
+
+def test_a_worker_whose_hardware_fails_is_drained_then_moved_and_gets_experts_again() -> None:
+    world = ready(3)
+    fails(world, "worker-1")
+    world.step()
+    assert word(world, "worker-1") == "DRAINING"
+    world.run()
+    assert world.replaced == [Move("worker-1")]
+    assert [word(world, name) for name in world.workers] == ["READY"] * 3
+    assert world.replicas() == [2] * 12
+
+
+def test_nothing_is_uncovered_while_failing_hardware_is_left() -> None:
+    world = ready(2, redundancy=1)
+    fails(world, "worker-0")
+    while not world.replaced:
+        world.run(1)
+        assert coverage(world) == 1
+    assert named_at(world, "worker-0") == set()
+
+
+def test_a_worker_that_fails_is_not_drained_where_that_would_uncover_experts_and_the_reason_is_told() -> None:
+    world = ready(2, capacity=6 * SIZE, redundancy=1)
+    fails(world, "worker-0")
+    world.run()
+    assert coverage(world) == 1
+    assert world.replaced == []
+    detail = pool_state(world.pool).workers[0].detail
+    assert "XID 79" in detail
+    assert f"{6 * SIZE} bytes" in detail
+    world.finish(begin_scale(world.pool, 3, world.now))
+    world.now += RETRY_SECONDS
+    world.run()
+    assert world.replaced == [Move("worker-0")]
+
+
+def test_hardware_that_fails_again_is_left_less_and_less_often() -> None:
+    world = ready(2)
+    moved = []
+    fails(world, "worker-0")
+    for _ in range(int(7 * HUNG_SECONDS)):
+        world.run(1)
+        if world.replaced:
+            moved.append(world.now)
+            world.replaced.clear()
+            world.workers["worker-0"].verdict = BROKEN  # the new process finds it broken too, before anybody asks
+    assert len(moved) == 3
+    assert moved[1] - moved[0] > 2 * HUNG_SECONDS
+    assert moved[2] - moved[1] > 4 * HUNG_SECONDS
+    assert coverage(world) == 1
+
+
+def test_a_new_worker_on_failing_hardware_gets_no_expert() -> None:
+    world = ready(2)
+    world.add(world.pool.add(1, world.now))
+    world.workers["worker-2"].verdict = BROKEN
+    world.describe("worker-2")
+    world.step()
+    assert word(world, "worker-2") == "DRAINED"
+    assert not any(isinstance(action, Assign) for action in world.under_way)
+
+
+def test_what_an_operator_drains_is_neither_moved_nor_used_again() -> None:
+    world = ready(3)
+    world.finish(begin_drain(world.pool, "worker-1", world.now))
+    fails(world, "worker-1")
+    world.run()
+    assert world.replaced == []
+    world.workers["worker-1"].restart()
+    world.run()
+    assert word(world, "worker-1") == "DRAINED"
+
+
+def test_an_operator_may_take_over_a_drain_for_failing_hardware() -> None:
+    world = ready(3)
+    fails(world, "worker-1")
+    world.step()
+    world.finish(begin_drain(world.pool, "worker-1", world.now))
+    world.run()
+    assert world.replaced == []
+    assert word(world, "worker-1") == "DRAINED"
+
+
+def test_a_slowed_worker_keeps_its_experts_and_its_weight_is_told_at_once() -> None:
+    world = ready(2)
+    before, revision = world.pool.placement, world.pool.revision
+    fails(world, "worker-0", HOT)
+    world.run()
+    assert world.pool.placement == before
+    assert world.pool.revision > revision
+    assert pool_state(world.pool).workers[0].health.weight == 0.5
+    assert pool_state(world.pool).workers[0].detail == "GPU 0: hot."
+
+
+def test_readings_wake_nobody_and_are_told_to_whoever_asks() -> None:
+    world = ready(1, redundancy=1)
+    description = replace(world.workers["worker-0"].describe(), gpus=(experts_pb2.Gpu(temperature_celsius=50),))
+    revision, readings = world.pool.revision, world.pool.readings
+    world.pool.described("worker-0", description, world.now)
+    world.pool.described("worker-0", description, world.now)
+    assert (world.pool.revision, world.pool.readings) == (revision, readings + 1)
+    assert pool_state(world.pool).workers[0].health.gpus[0].temperature_celsius == 50
+
+
 # ---------------------------------------------------------------- the wire
 
 
@@ -788,7 +911,7 @@ def _something_happens(world: World, draw: random.Random, commands: list[Command
     world.now += draw.choice([0.0, 0.1, 0.5, 4.0])
     names = list(world.workers)
     name = draw.choice(names)
-    match draw.randrange(10):
+    match draw.randrange(11):
         case 0:
             world.workers[name].alive = False
         case 1 if not world.workers[name].alive:
@@ -806,13 +929,15 @@ def _something_happens(world: World, draw: random.Random, commands: list[Command
                     world.add(commands[-1].started)
             except Refused:
                 return False
-        case 5 | 6 if world.under_way:
+        case 5:
+            world.workers[name].verdict = draw.choice([HEALTHY, HOT, BROKEN])
+        case 6 | 7 if world.under_way:
             action = world.under_way.pop(draw.randrange(len(world.under_way)))
             if isinstance(action, Release):
                 _assert_unused(world, action)
             world.carry_out(action)
             return False
-        case 7 | 8:
+        case 8 | 9:
             worker, member = world.workers[name], world.pool.members[name]
             loss = not worker.alive or worker.describe().incarnation != member.incarnation
             world.describe(name)
