@@ -52,7 +52,8 @@ class Member:
     wrong, for which it stays refused. given_up: lost for so long that others get its experts. changes: how often `held`
     has changed. replaced: how often its process was ended, since it was last live and well, because it hung or for its
     hardware. domain: the wider failure domain of its node. retired: drained because its hardware is not to be used;
-    ends with another process that is well. retire_at: when to try that again. gpus: as the worker last told of them.
+    ends with another process that is well. retire_at: when to try that again. moving: about to be replaced on other
+    hardware, and not to be used before. gpus: as the worker last told of them.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Member:
     verdict: Verdict = HEALTHY
     retired: bool = False
     retire_at: float = -math.inf
+    moving: bool = False
     gpus: tuple[Any, ...] = ()
     held: dict[ExpertKey, bytes] = field(default_factory=dict)
     proven: set[ExpertKey] = field(default_factory=set)

@@ -126,11 +126,10 @@ class Picture:
         digests = dict(self.placement.digests)
         for member in live:
             digests.update((key, member.held[key]) for key in member.proven)
-        if replicas == self.placement.replicas and digests == self.placement.digests:
-            return
-        self._changed()
-        self.placement = Placement(self.epoch + 1, replicas, digests)
-        for member in self.members.values():
+        if replicas != self.placement.replicas or digests != self.placement.digests:
+            self._changed()
+            self.placement = Placement(self.epoch + 1, replicas, digests)
+        for member in self.members.values():  # also where nothing changed: what came too late was never named
             unnamed = {key for key in member.held if member.name not in replicas[key]}
             for key in [key for key in member.withdrawn if key not in unnamed]:
                 del member.withdrawn[key]

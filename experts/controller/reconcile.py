@@ -85,7 +85,9 @@ def ended(pool: Pool, action: Action, error: str, now: float) -> None:
         case Probe() if error:
             pool.probe_failed(action.worker, action.incarnation, action.expert)
         case Release() if error:
-            pool.release_failed(action.worker, action.incarnation, now)
+            pool.release_failed(action.worker, action.incarnation, action.experts, now)
+        case Move() if action.worker in pool.members:
+            pool.members[action.worker].moving = False
         case Stop() if error and action.worker in pool.members:
             pool.members[action.worker].stopping = False
 
@@ -175,7 +177,8 @@ def _may_release(pool: Pool, member: Member, key: ExpertKey, now: float) -> bool
 
 def _stops(pool: Pool) -> Iterator[Stop]:
     for member in pool.sorted_members():
-        if member.leaving and not member.stopping and (not member.live or not (member.held or member.loading)):
+        idle = not (member.stopping or member.moving)
+        if member.leaving and idle and (not member.live or not (member.held or member.loading)):
             member.stopping = True
             yield Stop(member.name)
 
@@ -194,6 +197,7 @@ def _moves(pool: Pool, now: float) -> Iterator[Move]:
         empty = not (member.held or member.loading or member.leaving)
         if member.retired and empty and now - member.replaced_at > _patience(member):
             _replace(member, now)
+            member.moving = True
             yield Move(member.name)
 
 

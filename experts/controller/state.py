@@ -52,7 +52,7 @@ class Pool(Picture):
         member = self.members.get(name)
         if member is not None and (member.address, member.node, member.domain) != (address, node, domain):
             if member.node not in ("", node):  # the drain was of the node that it has left
-                member.draining = member.leaving
+                member.draining = member.leaving or member.moving
             member.address, member.node, member.domain = address, node, domain
             self._changed()
 
@@ -182,11 +182,11 @@ class Pool(Picture):
         self.moves += len(keys)
         self._changed()
 
-    def release_failed(self, name: str, incarnation: str, now: float) -> None:
-        """A Release could not be made: it is tried again, if it is still wanted."""
+    def release_failed(self, name: str, incarnation: str, keys: Iterable[ExpertKey], now: float) -> None:
+        """A Release could not be made: it is tried again, if it is still wanted. Others may be under way."""
         member = self._present(name, incarnation)
         if member is not None:
-            member.releasing.clear()
+            member.releasing.difference_update(keys)
             self.publish(now)
 
     # ------------------------------------------------------------------ engines
@@ -246,8 +246,8 @@ class Pool(Picture):
         if member.verdict != description.verdict:
             member.verdict = description.verdict
             self._changed()
-        if member.retired and not member.failing:
-            member.retired, member.draining = False, member.leaving
+        if member.retired and not (member.failing or member.moving):
+            member.retired, member.replaced, member.draining = False, 0, member.leaving
             self._changed()
 
     def _live_target(self, key: ExpertKey) -> list[str]:

@@ -35,6 +35,7 @@ from experts.controller.reconcile import (
     Release,
     Restart,
     Stop,
+    ended,
     is_settled,
     next_actions,
 )
@@ -129,7 +130,9 @@ class World:
         """As a worker would, if it is still the same one; otherwise the action comes to nothing."""
         if isinstance(action, Restart | Move):
             self.replaced.append(action)
+            self.kill(action.worker)
             self.workers[action.worker].restart()
+            ended(self.pool, action, "", self.now)
             return
         if isinstance(action, Stop):
             del self.workers[action.worker]
@@ -161,7 +164,7 @@ class World:
                     worker.term, worker.epoch = self.pool.term, self.pool.epoch
                     self.pool.released(action.worker, action.incarnation, action.experts)
                 else:
-                    self.pool.release_failed(action.worker, action.incarnation, self.now)
+                    self.pool.release_failed(action.worker, action.incarnation, action.experts, self.now)
 
     def run(self, rounds: int = 40, seconds: float = 1.0) -> None:
         """Let everything that is under way come to its end."""
@@ -736,6 +739,20 @@ def test_the_lease_ends_only_without_keeper_and_engines() -> None:
     assert not lease.is_over(101.0, engines=0)
 
 
+def test_what_is_loaded_after_its_worker_began_to_drain_is_released_too() -> None:
+    world = ready(2)
+    world.add(begin_scale(world.pool, 3, world.now).started)
+    world.describe("worker-2")
+    world.step()
+    (assign,) = (action for action in world.under_way if isinstance(action, Assign))
+    world.under_way.clear()
+    begin_drain(world.pool, "worker-2", world.now)
+    world.carry_out(assign)
+    assert word(world, "worker-2") == "DRAINING"
+    world.run(3)
+    assert word(world, "worker-2") == "DRAINED"
+
+
 # ---------------------------------------------------------------- hardware
 
 
@@ -779,6 +796,20 @@ def test_a_worker_that_fails_is_not_drained_where_that_would_uncover_experts_and
     assert world.replaced == [Move("worker-0")]
 
 
+def test_a_drain_that_was_refused_is_tried_again_after_a_while_and_its_reason_is_then_gone() -> None:
+    world = ready(2, capacity=6 * SIZE, redundancy=1)
+    fails(world, "worker-0")
+    world.step()
+    world.pool.members["worker-1"].capacity_bytes = 12 * SIZE
+    world.now += RETRY_SECONDS / 2
+    world.step()
+    assert word(world, "worker-0") == "READY"
+    world.now += RETRY_SECONDS / 2
+    world.step()
+    assert word(world, "worker-0") == "DRAINING"
+    assert pool_state(world.pool).workers[0].detail == BROKEN.reason
+
+
 def test_hardware_that_fails_again_is_left_less_and_less_often() -> None:
     world = ready(2)
     moved = []
@@ -795,6 +826,22 @@ def test_hardware_that_fails_again_is_left_less_and_less_often() -> None:
     assert coverage(world) == 1
 
 
+def test_a_worker_that_is_about_to_be_moved_is_not_used_though_it_came_back_well() -> None:
+    world = ready(3)
+    fails(world, "worker-1")
+    while not world.under_way or not isinstance(world.under_way[-1], Move):
+        world.describe("worker-1")
+        world.step()
+        for action in [action for action in world.under_way if not isinstance(action, Move)]:
+            world.under_way.remove(action)
+            world.carry_out(action)
+    world.workers["worker-1"].restart()
+    world.describe("worker-1")
+    assert word(world, "worker-1") == "DRAINED"
+    world.run()
+    assert word(world, "worker-1") == "READY"
+
+
 def test_a_new_worker_on_failing_hardware_gets_no_expert() -> None:
     world = ready(2)
     world.add(world.pool.add(1, world.now))
@@ -803,6 +850,17 @@ def test_a_new_worker_on_failing_hardware_gets_no_expert() -> None:
     world.step()
     assert word(world, "worker-2") == "DRAINED"
     assert not any(isinstance(action, Assign) for action in world.under_way)
+
+
+def test_failing_hardware_is_left_out_of_the_first_plan() -> None:
+    world = World(2)
+    world.workers["worker-0"].verdict = BROKEN
+    for name in world.workers:
+        world.describe(name)
+    world.step()
+    world.run(2)
+    assert coverage(world) == 1
+    assert named_at(world, "worker-1") == set(world.pool.target)
 
 
 def test_what_an_operator_drains_is_neither_moved_nor_used_again() -> None:
@@ -886,7 +944,7 @@ def test_whatever_happens_nothing_is_uncovered_but_by_a_loss_and_all_comes_to_re
         for key, names in after.replicas.items():
             assert all(world.pool.members[name].live and key in world.pool.members[name].held for name in names)
     for worker in world.workers.values():
-        if not worker.alive:
+        if not worker.alive or worker.verdict == BROKEN:
             worker.restart()
     for command in commands:
         for _ in range(200):
@@ -929,7 +987,7 @@ def _something_happens(world: World, draw: random.Random, commands: list[Command
                     world.add(commands[-1].started)
             except Refused:
                 return False
-        case 5:
+        case 5 if world.workers[name].verdict != BROKEN:  # which stays for as long as its process
             world.workers[name].verdict = draw.choice([HEALTHY, HOT, BROKEN])
         case 6 | 7 if world.under_way:
             action = world.under_way.pop(draw.randrange(len(world.under_way)))
@@ -948,5 +1006,7 @@ def _something_happens(world: World, draw: random.Random, commands: list[Command
 
 
 def _assert_unused(world: World, release: Release) -> None:
-    """No expert that is named at a worker is being released there."""
-    assert not set(release.experts) & named_at(world, release.worker)
+    """No expert that is named at a worker is being released there, if that is still the process that was asked."""
+    member = world.pool.members.get(release.worker)
+    if member is not None and member.incarnation == release.incarnation:
+        assert not set(release.experts) & named_at(world, release.worker)

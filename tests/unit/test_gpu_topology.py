@@ -88,6 +88,10 @@ def test_a_few_links_to_every_worker_are_better_than_many_to_one() -> None:
     assert plan_gpus(Topology((0, 1, 2, 3, 4), peers), 1, 2) == GpuPlan((2,), (3, 4))
 
 
+def test_the_gpus_of_a_trunk_are_neighbours() -> None:
+    assert plan_gpus(Topology((0, 1, 2, 3), {(1, 3): Peer(nvlinks=1)}), 2, 0) == GpuPlan((1, 3), ())
+
+
 def test_equal_gpus_go_by_their_index() -> None:
     assert plan_gpus(Topology((3, 1, 2, 0), {}), 2, 1) == GpuPlan((0, 1), (2,))
 

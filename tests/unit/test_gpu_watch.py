@@ -32,6 +32,12 @@ def test_a_fatal_verdict_stays(looks: list[GpuHealth]) -> None:
         assert (report.verdict.condition is Condition.FATAL) == broken
 
 
+def test_what_is_told_of_a_fatal_verdict_is_what_came_first() -> None:
+    record = Record()
+    first = record.observe([BROKEN], 0.0).verdict
+    assert record.observe([replace(WELL, unreachable="GPU is lost")], 1.0).verdict == first
+
+
 def test_a_slowdown_stays_until_the_gpu_has_been_cool_for_a_while() -> None:
     record = Record()
     hot = record.observe([HOT], 0.0).verdict

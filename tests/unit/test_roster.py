@@ -14,7 +14,7 @@ from experts import kernels
 from experts.link import LinkDown
 from experts.liveness import EXPERT_COST
 from experts.pool_view import PoolView, WorkerView
-from experts.roster import LONGEST_RETRY_SECONDS, Roster
+from experts.roster import BUSY, LONGEST_RETRY_SECONDS, WELL, Member, Roster, Routing
 from tests.unit.fake_links import Clock, FakeLink, attached_roster, random_weights, view
 
 VIEW = view({0: [["a"]] * 6}, "a")
@@ -212,6 +212,11 @@ def test_a_failing_worker_gets_nothing_that_another_one_holds() -> None:
 def test_a_failing_worker_is_asked_for_what_nobody_else_holds() -> None:
     alone = replace(weighted(a=0.0, b=1.0), replicas={0: (("a",),) * 2 + (("a", "b"),) * 4})
     assert routed(alone) == [2, 4]
+
+
+def test_a_failing_worker_stands_behind_one_that_owes_an_answer() -> None:
+    members = tuple(Member(index, worker) for index, worker in enumerate(weighted(a=0.0, b=1.0).workers))
+    assert Routing.of(1, members, ((0, 1),), (WELL, BUSY)).replicas.tolist() == [[1]]
 
 
 def test_all_workers_failing_are_asked_all_the_same() -> None:
