@@ -51,9 +51,8 @@ class RayWorkers:
         self._namespace = namespace
         self._home = home
         self._node_ids: dict[str, str] = {}  # where each has served
-        self._group_prefix = (
-            f"{namespace}/"  # a group is named after all of its workers, and @something if they moved there
-        )
+        # A group is named after all of its workers, and @something if the worker has moved there.
+        self._group_prefix = f"{namespace}/"
 
     def found(self) -> list[str]:
         """Workers that an earlier controller of this pool has made."""

@@ -89,8 +89,6 @@ def begin_drain_node(pool: Pool, node: str, now: float) -> Command:
 
 def _drain(pool: Pool, names: list[str], now: float) -> Command:
     what = ", ".join(names)
-    for name in names:
-        pool.members[name].retired = False  # from now on it is whoever drains it that says when it ends
     new = [name for name in names if not pool.members[name].draining]
     if new:
         _require_coverage(pool, f"{what} cannot be drained")
@@ -98,6 +96,8 @@ def _drain(pool: Pool, names: list[str], now: float) -> Command:
         for name in new:
             pool.members[name].draining = True
         tend(pool, now)
+    for name in names:
+        pool.members[name].retired = False  # from now on it is whoever drains it that says when it ends
     return Command(pool, f"Draining {what}", lambda: all(_is_empty(pool, name) for name in names), now)
 
 

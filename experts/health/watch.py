@@ -76,8 +76,8 @@ class GpuWatch:
         self._look_seconds = look_seconds
         self._record = Record()
         self._closed = threading.Event()
-        self.report = self._record.observe(nvml.read(), clock())
-        self._tell(HEALTHY)
+        self.report = Report()
+        self.look()
         self._thread = threading.Thread(target=self._keep_looking, name="gpu-watch", daemon=True)
         self._thread.start()
 

@@ -884,6 +884,18 @@ def test_an_operator_may_take_over_a_drain_for_failing_hardware() -> None:
     assert word(world, "worker-1") == "DRAINED"
 
 
+def test_a_drain_that_an_operator_is_refused_takes_nothing_over() -> None:
+    world = ready(2, redundancy=1)
+    fails(world, "worker-0")
+    world.step()
+    for name in world.workers:
+        world.pool.located(name, name, "node")
+    with pytest.raises(Refused):
+        begin_drain_node(world.pool, "node", world.now)
+    world.run()
+    assert world.replaced == [Move("worker-0")]
+
+
 def test_a_slowed_worker_keeps_its_experts_and_its_weight_is_told_at_once() -> None:
     world = ready(2)
     before, revision = world.pool.placement, world.pool.revision

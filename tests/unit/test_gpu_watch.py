@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from experts.health.nvml import Nvml
 from experts.health.reading import GpuHealth
 from experts.health.verdict import HEALTHY, Condition
-from experts.health.watch import COOLED_SECONDS, GpuWatch, Record
+from experts.health.watch import COOLED_SECONDS, GpuWatch, Record, Report
 from tests.unit.fake_nvml import FakeNvml
 
 WELL = GpuHealth(index=0, uuid="GPU-a", clock_reasons=0, xids=())
@@ -105,6 +105,14 @@ def test_a_look_that_fails_is_not_the_last(caplog: pytest.LogCaptureFixture) -> 
         fake.lose()
         watch.look()
         assert watch.report.verdict.condition is Condition.FATAL
+    assert "could not be looked at" in caplog.text
+
+
+def test_a_first_look_that_fails_is_no_reason_not_to_serve(caplog: pytest.LogCaptureFixture) -> None:
+    fake = FakeNvml("h100_healthy")
+    fake.change("nvmlDeviceGetMemoryInfo", 17)
+    with watched(fake) as watch:
+        assert watch.report == Report()
     assert "could not be looked at" in caplog.text
 
 
