@@ -3,6 +3,7 @@
 A file has for each GPU what each function answers. An object whose keys are numbers, or ranges such as "0-17", is a
 choice by the next argument; {"error": code} is raised as NVMLError; any other object is a struct. "*" is what functions
 answer that the file does not name. "events" come one by one, as NVML gives them. The constants are nvidia-ml-py's.
+tests.gpu.record_nvml writes such a file on a machine with a GPU.
 """
 
 from __future__ import annotations
