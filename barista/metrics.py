@@ -15,6 +15,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+from barista.gpu_metrics import GpuStats, gpu_metrics
+
 PREFIX = "barista:"
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -173,12 +175,12 @@ class Metrics:
         """A client left before its answer was complete."""
         self.request_failure.labels("client_disconnected").inc()
 
-    def exposition(self, stats: EngineStats | None, moves: int | None = None) -> bytes:
+    def exposition(self, stats: EngineStats | None, moves: int | None = None, gpus: Sequence[GpuStats] = ()) -> bytes:
         """Everything in Prometheus' text format. stats: None while there is no engine to ask.
 
-        moves: replicas that the pool has moved; None where there is no controller to ask.
+        moves: replicas that the pool has moved; None where there is no controller to ask. gpus: under its workers.
         """
-        self._engine.stats, self._engine.moves = stats, moves
+        self._engine.stats, self._engine.moves, self._engine.gpus = stats, moves, gpus
         return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -189,11 +191,12 @@ class Metrics:
 
 
 class EngineCollector(Collector):
-    """The engine's numbers, as of the last `stats` it was given, and the pool's `moves`."""
+    """The engine's numbers, as of the last `stats` it was given, the pool's `moves` and its workers' `gpus`."""
 
     def __init__(self) -> None:
         self.stats: EngineStats | None = None
         self.moves: int | None = None
+        self.gpus: Sequence[GpuStats] = ()
 
     def describe(self) -> list[Metric]:
         """Nothing: the names are known only with an engine, and no two collectors share one."""
@@ -211,6 +214,7 @@ class EngineCollector(Collector):
             if self.stats.pool is not None:
                 yield from _pool_metrics(self.stats.pool, self.moves)
                 yield from _worker_metrics(self.stats.pool.links)
+        yield from gpu_metrics(self.gpus, PREFIX)
 
 
 def load_imbalance(tokens: Sequence[int]) -> float:

@@ -138,4 +138,5 @@ class OnDemandLoader:
 
 def _well(member: Member, now: float) -> bool:
     link = member.link  # the roster may replace or drop it meanwhile
-    return link is not None and not link.down and not member.liveness.suspect(now, link.outstanding)
+    up = link is not None and not link.down and not member.liveness.suspect(now, link.outstanding)
+    return up and member.view.weight > 0

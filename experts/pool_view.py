@@ -15,6 +15,7 @@ import grpc
 from barista.trust import Trust
 from barista.v1 import controller_pb2 as pb
 from barista.v1.controller_pb2_grpc import ControllerStub
+from experts.health.wire import verdict_of
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +37,15 @@ SETTLING = frozenset({pb.WORKER_STATE_STARTING, pb.WORKER_STATE_LOADING})
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """A worker that can be attached to. incarnation: another one after each restart."""
+    """A worker that can be attached to. incarnation: another one after each restart.
+
+    weight: its speed, 1 as it should be, 0 for one that shall compute only what nobody else can.
+    """
 
     name: str
     address: str
     incarnation: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +74,7 @@ def view_of(state: pb.PoolState) -> PoolView:
         term=state.term,
         epoch=state.epoch,
         workers=tuple(
-            WorkerView(worker.name, worker.address, worker.incarnation)
+            WorkerView(worker.name, worker.address, worker.incarnation, verdict_of(worker.health).weight)
             for worker in state.workers
             if worker.address and worker.state in REACHABLE
         ),

@@ -68,7 +68,8 @@ class Routing:
 
     members: by index. holders: for each expert everyone in reach that has it. fitness: of each member. replicas:
     [num_experts, R] int32, -1 padded: of the holders only the fittest, so that workers that owe an answer stand in only
-    where nobody else holds the expert, and suspects only after these. cost: [num_members] float32.
+    where nobody else holds the expert, and suspects and failing hardware only after these. cost: [num_members] float32,
+    1 / weight.
     """
 
     epoch: int
@@ -83,11 +84,15 @@ class Routing:
         cls, epoch: int, members: tuple[Member, ...], holders: tuple[tuple[int, ...], ...], fitness: tuple[int, ...]
     ) -> Routing:
         """The routing that follows from who holds what."""
-        fittest = [[i for i in who if fitness[i] == max(fitness[j] for j in who)] for who in holders]
+        rank = [
+            fit if member.view.weight > 0 else min(fit, SUSPECT) for fit, member in zip(fitness, members, strict=True)
+        ]
+        fittest = [[i for i in who if rank[i] == max(rank[j] for j in who)] for who in holders]
         replicas = np.full((len(holders), max(1, *map(len, fittest))), -1, dtype=np.int32)
         for expert, indices in enumerate(fittest):
             replicas[expert, : len(indices)] = indices
-        return cls(epoch, members, holders, fitness, replicas, np.ones(max(1, len(members)), dtype=np.float32))
+        cost = [1 / member.view.weight if member.view.weight > 0 else np.inf for member in members]
+        return cls(epoch, members, holders, fitness, replicas, np.array(cost or [1], dtype=np.float32))
 
     def can_answer(self, index: int) -> bool:
         """Whether this member is in reach, and not a suspect that owes an answer already."""

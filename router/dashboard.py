@@ -16,6 +16,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from barista.gpu_metrics import COUNTERS, GAUGES, GpuStats
 from barista.metrics import PREFIX, Metrics
 from router.messages import ExpertCacheStats, LinkStats, PoolStats, Stats
 
@@ -24,6 +25,7 @@ OWN_GAUGES = ("num_requests_running", "num_requests_waiting")
 SELECTOR = 'namespace="$namespace",service="$service"'
 WINDOW = "$__rate_interval"
 COLUMNS, HEIGHT = 3, 8
+OF_GPU, GPU = ("worker", "gpu"), "{{worker}} GPU {{gpu}}"
 WIDTH = 24 // COLUMNS
 
 
@@ -47,7 +49,7 @@ class Family:
 
 @cache
 def families() -> dict[str, Family]:
-    """Every metric of a router whose engine has a pool of workers and a limit on the experts in memory."""
+    """Every metric of a router whose engine has a pool of workers on GPUs and a limit on the experts in memory."""
     metrics = Metrics()
     metrics.request_success.labels("stop")
     metrics.request_failure.labels("internal")
@@ -58,10 +60,12 @@ def families() -> dict[str, Family]:
     )  # fmt: skip
     cache = ExpertCacheStats(queries=1, hits=1, resident_bytes=1)
     stats = Stats(expert_tokens=((1, 1), (1, 1)), pool=pool, expert_cache=cache)
+    told: dict[str, Any] = dict.fromkeys((*GAUGES, *COUNTERS), 1)
+    gpu = GpuStats(worker="worker-0", index=0, uuid="GPU-0", reachable=True, xids={79: 1}, **told)
     own = {*_names(metrics.exposition(None)), *OWN_GAUGES}
     return {
         name: Family(name=name, type=kind, help=text, labels=labels, own=name in own)
-        for name, (kind, text, labels) in _names(metrics.exposition(stats, moves=1)).items()
+        for name, (kind, text, labels) in _names(metrics.exposition(stats, moves=1, gpus=[gpu])).items()
     }
 
 
@@ -246,6 +250,53 @@ def rows() -> dict[str, list[Panel]]:
                 "Exchange", "s", {"{{worker}}": mean("worker_exchange_seconds", "worker")}, "worker_exchange_seconds"
             ),
             Panel("Compute", "s", {"{{worker}}": mean("worker_compute_seconds", "worker")}, "worker_compute_seconds"),
+        ],
+        "GPUs": [
+            Panel(
+                "Memory",
+                "percentunit",
+                {GPU: f"{value('gpu_memory_used_bytes', *OF_GPU)} / {value('gpu_memory_total_bytes', *OF_GPU)}"},
+                "gpu_memory_used_bytes",
+            ),
+            Panel("Utilization", "percentunit", {GPU: value("gpu_utilization", *OF_GPU)}, "gpu_utilization"),
+            Panel(
+                "Temperature", "celsius", {GPU: value("gpu_temperature_celsius", *OF_GPU)}, "gpu_temperature_celsius"
+            ),
+            Panel("Slowed down", "short", {GPU: value("gpu_throttled", *OF_GPU)}, "gpu_throttled"),
+            Panel(
+                "Memory errors",
+                "ops",
+                {
+                    f"{GPU} corrected": rate("gpu_ecc_corrected", *OF_GPU),
+                    f"{GPU} uncorrectable": rate("gpu_ecc_uncorrected", *OF_GPU),
+                },
+                "gpu_ecc_uncorrected",
+            ),
+            Panel(
+                "NVLinks",
+                "short",
+                {
+                    f"{GPU} up": value("gpu_nvlinks_active", *OF_GPU),
+                    f"{GPU} errors a second": rate("gpu_nvlink_errors", *OF_GPU),
+                },
+                "gpu_nvlink_errors",
+            ),
+            Panel("XIDs", "ops", {f"{GPU}: {{{{xid}}}}": rate("gpu_xid", *OF_GPU, "xid")}, "gpu_xid"),
+            Panel(
+                "Reached by the driver",
+                "short",
+                {GPU: value("gpu_up", *OF_GPU)},
+                "gpu_up",
+            ),
+            Panel(
+                "What the driver asks for",
+                "short",
+                {
+                    f"{GPU} recovery action": value("gpu_recovery_action", *OF_GPU),
+                    f"{GPU} rows to remap": value("gpu_rows_pending", *OF_GPU),
+                },
+                "gpu_recovery_action",
+            ),
         ],
     }
 

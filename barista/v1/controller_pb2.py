@@ -22,41 +22,42 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from barista.v1 import experts_pb2 as barista_dot_v1_dot_experts__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62\x61rista/v1/controller.proto\x12\nbarista.v1\"\xe8\x01\n\x06Worker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04node\x18\x04 \x01(\t\x12&\n\x05state\x18\x05 \x01(\x0e\x32\x17.barista.v1.WorkerState\x12\x13\n\x0bnumerics_id\x18\x06 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x07 \x01(\x04\x12\x12\n\nheld_bytes\x18\x08 \x01(\x04\x12\x13\n\x0bincarnation\x18\t \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\n \x01(\t\x12\x10\n\x08restarts\x18\x0b \x01(\rJ\x04\x08\x0c\x10 \"R\n\x0eLayerPlacement\x12\r\n\x05layer\x18\x01 \x01(\r\x12+\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x1a.barista.v1.ExpertReplicasJ\x04\x08\x03\x10\x10\"7\n\x0e\x45xpertReplicas\x12\x0f\n\x07workers\x18\x01 \x03(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0cJ\x04\x08\x03\x10\x10\"\x81\x02\n\tPoolState\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12#\n\x07workers\x18\x03 \x03(\x0b\x32\x12.barista.v1.Worker\x12*\n\x06layers\x18\x04 \x03(\x0b\x32\x1a.barista.v1.LayerPlacement\x12\x10\n\x08\x63overage\x18\x05 \x01(\x01\x12\x19\n\x11\x65xperts_uncovered\x18\x06 \x01(\r\x12\r\n\x05moves\x18\x07 \x01(\x04\x12\x0c\n\x04pool\x18\x08 \x01(\t\x12\x0f\n\x07problem\x18\t \x01(\t\x12\x14\n\x0cmodel_digest\x18\n \x01(\x0c\x12\x0f\n\x07\x65ngines\x18\x0b \x01(\rJ\x04\x08\x0c\x10 \"w\n\x0cWatchRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x1a\n\x12\x61\x63knowledged_epoch\x18\x02 \x01(\x04\x12$\n\x05loads\x18\x03 \x03(\x0b\x32\x15.barista.v1.LayerLoad\x12\x0c\n\x04term\x18\x04 \x01(\x04J\x04\x08\x05\x10\x10\"0\n\tLayerLoad\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x04J\x04\x08\x03\x10\x10\"\x17\n\x0fGetStateRequestJ\x04\x08\x01\x10\x10\"8\n\x12\x44rainWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\tJ\x04\x08\x03\x10\x10\"%\n\x0cScaleRequest\x12\x0f\n\x07workers\x18\x01 \x01(\rJ\x04\x08\x02\x10\x10\"N\n\x10RebalanceRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\x12\x13\n\x0bmove_budget\x18\x02 \x01(\r\x12\x0e\n\x06policy\x18\x03 \x01(\tJ\x04\x08\x04\x10\x10\"E\n\x04Move\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0c\n\x04\x66rom\x18\x03 \x01(\t\x12\n\n\x02to\x18\x04 \x01(\tJ\x04\x08\x05\x10\x10\"\x90\x01\n\x0eRebalanceReply\x12\x1f\n\x05moves\x18\x01 \x03(\x0b\x32\x10.barista.v1.Move\x12\x18\n\x10imbalance_before\x18\x02 \x01(\x01\x12\x17\n\x0fimbalance_after\x18\x03 \x01(\x01\x12$\n\x05state\x18\x04 \x01(\x0b\x32\x15.barista.v1.PoolStateJ\x04\x08\x05\x10\x10*\xde\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x16\n\x12WORKER_STATE_READY\x10\x03\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x04\x12\x18\n\x14WORKER_STATE_DRAINED\x10\x05\x12\x15\n\x11WORKER_STATE_LOST\x10\x06\x12\x18\n\x14WORKER_STATE_REFUSED\x10\x07\x32\xcb\x02\n\nController\x12<\n\x05Watch\x12\x18.barista.v1.WatchRequest\x1a\x15.barista.v1.PoolState(\x01\x30\x01\x12>\n\x08GetState\x12\x1b.barista.v1.GetStateRequest\x1a\x15.barista.v1.PoolState\x12>\n\x05\x44rain\x12\x1e.barista.v1.DrainWorkerRequest\x1a\x15.barista.v1.PoolState\x12\x38\n\x05Scale\x12\x18.barista.v1.ScaleRequest\x1a\x15.barista.v1.PoolState\x12\x45\n\tRebalance\x12\x1c.barista.v1.RebalanceRequest\x1a\x1a.barista.v1.RebalanceReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x62\x61rista/v1/controller.proto\x12\nbarista.v1\x1a\x18\x62\x61rista/v1/experts.proto\"\x8c\x02\n\x06Worker\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04node\x18\x04 \x01(\t\x12&\n\x05state\x18\x05 \x01(\x0e\x32\x17.barista.v1.WorkerState\x12\x13\n\x0bnumerics_id\x18\x06 \x01(\t\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x07 \x01(\x04\x12\x12\n\nheld_bytes\x18\x08 \x01(\x04\x12\x13\n\x0bincarnation\x18\t \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\n \x01(\t\x12\x10\n\x08restarts\x18\x0b \x01(\r\x12\"\n\x06health\x18\x0c \x01(\x0b\x32\x12.barista.v1.HealthJ\x04\x08\r\x10 \"R\n\x0eLayerPlacement\x12\r\n\x05layer\x18\x01 \x01(\r\x12+\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x1a.barista.v1.ExpertReplicasJ\x04\x08\x03\x10\x10\"7\n\x0e\x45xpertReplicas\x12\x0f\n\x07workers\x18\x01 \x03(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0cJ\x04\x08\x03\x10\x10\"\x81\x02\n\tPoolState\x12\x0c\n\x04term\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12#\n\x07workers\x18\x03 \x03(\x0b\x32\x12.barista.v1.Worker\x12*\n\x06layers\x18\x04 \x03(\x0b\x32\x1a.barista.v1.LayerPlacement\x12\x10\n\x08\x63overage\x18\x05 \x01(\x01\x12\x19\n\x11\x65xperts_uncovered\x18\x06 \x01(\r\x12\r\n\x05moves\x18\x07 \x01(\x04\x12\x0c\n\x04pool\x18\x08 \x01(\t\x12\x0f\n\x07problem\x18\t \x01(\t\x12\x14\n\x0cmodel_digest\x18\n \x01(\x0c\x12\x0f\n\x07\x65ngines\x18\x0b \x01(\rJ\x04\x08\x0c\x10 \"w\n\x0cWatchRequest\x12\x11\n\tengine_id\x18\x01 \x01(\t\x12\x1a\n\x12\x61\x63knowledged_epoch\x18\x02 \x01(\x04\x12$\n\x05loads\x18\x03 \x03(\x0b\x32\x15.barista.v1.LayerLoad\x12\x0c\n\x04term\x18\x04 \x01(\x04J\x04\x08\x05\x10\x10\"0\n\tLayerLoad\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\x04J\x04\x08\x03\x10\x10\"\x17\n\x0fGetStateRequestJ\x04\x08\x01\x10\x10\"8\n\x12\x44rainWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\tJ\x04\x08\x03\x10\x10\"%\n\x0cScaleRequest\x12\x0f\n\x07workers\x18\x01 \x01(\rJ\x04\x08\x02\x10\x10\"N\n\x10RebalanceRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\x12\x13\n\x0bmove_budget\x18\x02 \x01(\r\x12\x0e\n\x06policy\x18\x03 \x01(\tJ\x04\x08\x04\x10\x10\"E\n\x04Move\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0c\n\x04\x66rom\x18\x03 \x01(\t\x12\n\n\x02to\x18\x04 \x01(\tJ\x04\x08\x05\x10\x10\"\x90\x01\n\x0eRebalanceReply\x12\x1f\n\x05moves\x18\x01 \x03(\x0b\x32\x10.barista.v1.Move\x12\x18\n\x10imbalance_before\x18\x02 \x01(\x01\x12\x17\n\x0fimbalance_after\x18\x03 \x01(\x01\x12$\n\x05state\x18\x04 \x01(\x0b\x32\x15.barista.v1.PoolStateJ\x04\x08\x05\x10\x10*\xde\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15WORKER_STATE_STARTING\x10\x01\x12\x18\n\x14WORKER_STATE_LOADING\x10\x02\x12\x16\n\x12WORKER_STATE_READY\x10\x03\x12\x19\n\x15WORKER_STATE_DRAINING\x10\x04\x12\x18\n\x14WORKER_STATE_DRAINED\x10\x05\x12\x15\n\x11WORKER_STATE_LOST\x10\x06\x12\x18\n\x14WORKER_STATE_REFUSED\x10\x07\x32\xcb\x02\n\nController\x12<\n\x05Watch\x12\x18.barista.v1.WatchRequest\x1a\x15.barista.v1.PoolState(\x01\x30\x01\x12>\n\x08GetState\x12\x1b.barista.v1.GetStateRequest\x1a\x15.barista.v1.PoolState\x12>\n\x05\x44rain\x12\x1e.barista.v1.DrainWorkerRequest\x1a\x15.barista.v1.PoolState\x12\x38\n\x05Scale\x12\x18.barista.v1.ScaleRequest\x1a\x15.barista.v1.PoolState\x12\x45\n\tRebalance\x12\x1c.barista.v1.RebalanceRequest\x1a\x1a.barista.v1.RebalanceReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'barista.v1.controller_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSTATE']._serialized_start=1271
-  _globals['_WORKERSTATE']._serialized_end=1493
-  _globals['_WORKER']._serialized_start=44
-  _globals['_WORKER']._serialized_end=276
-  _globals['_LAYERPLACEMENT']._serialized_start=278
-  _globals['_LAYERPLACEMENT']._serialized_end=360
-  _globals['_EXPERTREPLICAS']._serialized_start=362
-  _globals['_EXPERTREPLICAS']._serialized_end=417
-  _globals['_POOLSTATE']._serialized_start=420
-  _globals['_POOLSTATE']._serialized_end=677
-  _globals['_WATCHREQUEST']._serialized_start=679
-  _globals['_WATCHREQUEST']._serialized_end=798
-  _globals['_LAYERLOAD']._serialized_start=800
-  _globals['_LAYERLOAD']._serialized_end=848
-  _globals['_GETSTATEREQUEST']._serialized_start=850
-  _globals['_GETSTATEREQUEST']._serialized_end=873
-  _globals['_DRAINWORKERREQUEST']._serialized_start=875
-  _globals['_DRAINWORKERREQUEST']._serialized_end=931
-  _globals['_SCALEREQUEST']._serialized_start=933
-  _globals['_SCALEREQUEST']._serialized_end=970
-  _globals['_REBALANCEREQUEST']._serialized_start=972
-  _globals['_REBALANCEREQUEST']._serialized_end=1050
-  _globals['_MOVE']._serialized_start=1052
-  _globals['_MOVE']._serialized_end=1121
-  _globals['_REBALANCEREPLY']._serialized_start=1124
-  _globals['_REBALANCEREPLY']._serialized_end=1268
-  _globals['_CONTROLLER']._serialized_start=1496
-  _globals['_CONTROLLER']._serialized_end=1827
+  _globals['_WORKERSTATE']._serialized_start=1333
+  _globals['_WORKERSTATE']._serialized_end=1555
+  _globals['_WORKER']._serialized_start=70
+  _globals['_WORKER']._serialized_end=338
+  _globals['_LAYERPLACEMENT']._serialized_start=340
+  _globals['_LAYERPLACEMENT']._serialized_end=422
+  _globals['_EXPERTREPLICAS']._serialized_start=424
+  _globals['_EXPERTREPLICAS']._serialized_end=479
+  _globals['_POOLSTATE']._serialized_start=482
+  _globals['_POOLSTATE']._serialized_end=739
+  _globals['_WATCHREQUEST']._serialized_start=741
+  _globals['_WATCHREQUEST']._serialized_end=860
+  _globals['_LAYERLOAD']._serialized_start=862
+  _globals['_LAYERLOAD']._serialized_end=910
+  _globals['_GETSTATEREQUEST']._serialized_start=912
+  _globals['_GETSTATEREQUEST']._serialized_end=935
+  _globals['_DRAINWORKERREQUEST']._serialized_start=937
+  _globals['_DRAINWORKERREQUEST']._serialized_end=993
+  _globals['_SCALEREQUEST']._serialized_start=995
+  _globals['_SCALEREQUEST']._serialized_end=1032
+  _globals['_REBALANCEREQUEST']._serialized_start=1034
+  _globals['_REBALANCEREQUEST']._serialized_end=1112
+  _globals['_MOVE']._serialized_start=1114
+  _globals['_MOVE']._serialized_end=1183
+  _globals['_REBALANCEREPLY']._serialized_start=1186
+  _globals['_REBALANCEREPLY']._serialized_end=1330
+  _globals['_CONTROLLER']._serialized_start=1558
+  _globals['_CONTROLLER']._serialized_end=1889
 # @@protoc_insertion_point(module_scope)

@@ -1,3 +1,4 @@
+from barista.v1 import experts_pb2 as _experts_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -27,7 +28,7 @@ WORKER_STATE_LOST: WorkerState
 WORKER_STATE_REFUSED: WorkerState
 
 class Worker(_message.Message):
-    __slots__ = ("name", "address", "pid", "node", "state", "numerics_id", "capacity_bytes", "held_bytes", "incarnation", "detail", "restarts")
+    __slots__ = ("name", "address", "pid", "node", "state", "numerics_id", "capacity_bytes", "held_bytes", "incarnation", "detail", "restarts", "health")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +40,7 @@ class Worker(_message.Message):
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    HEALTH_FIELD_NUMBER: _ClassVar[int]
     name: str
     address: str
     pid: int
@@ -50,7 +52,8 @@ class Worker(_message.Message):
     incarnation: str
     detail: str
     restarts: int
-    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., numerics_id: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., held_bytes: _Optional[int] = ..., incarnation: _Optional[str] = ..., detail: _Optional[str] = ..., restarts: _Optional[int] = ...) -> None: ...
+    health: _experts_pb2.Health
+    def __init__(self, name: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., node: _Optional[str] = ..., state: _Optional[_Union[WorkerState, str]] = ..., numerics_id: _Optional[str] = ..., capacity_bytes: _Optional[int] = ..., held_bytes: _Optional[int] = ..., incarnation: _Optional[str] = ..., detail: _Optional[str] = ..., restarts: _Optional[int] = ..., health: _Optional[_Union[_experts_pb2.Health, _Mapping]] = ...) -> None: ...
 
 class LayerPlacement(_message.Message):
     __slots__ = ("layer", "experts")

@@ -39,7 +39,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("protocol_version", "name", "pid", "incarnation", "numerics_id", "model_digest", "capacity_bytes", "held_bytes", "draining", "dispatches", "term", "epoch", "held")
+    __slots__ = ("protocol_version", "name", "pid", "incarnation", "numerics_id", "model_digest", "capacity_bytes", "held_bytes", "draining", "dispatches", "term", "epoch", "held", "health")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class DescribeReply(_message.Message):
     TERM_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    HEALTH_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     name: str
     pid: int
@@ -66,7 +67,73 @@ class DescribeReply(_message.Message):
     term: int
     epoch: int
     held: _containers.RepeatedCompositeFieldContainer[HeldExpert]
-    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., pid: _Optional[int] = ..., incarnation: _Optional[str] = ..., numerics_id: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., capacity_bytes: _Optional[int] = ..., held_bytes: _Optional[int] = ..., draining: bool = ..., dispatches: _Optional[int] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., held: _Optional[_Iterable[_Union[HeldExpert, _Mapping]]] = ...) -> None: ...
+    health: Health
+    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., pid: _Optional[int] = ..., incarnation: _Optional[str] = ..., numerics_id: _Optional[str] = ..., model_digest: _Optional[bytes] = ..., capacity_bytes: _Optional[int] = ..., held_bytes: _Optional[int] = ..., draining: bool = ..., dispatches: _Optional[int] = ..., term: _Optional[int] = ..., epoch: _Optional[int] = ..., held: _Optional[_Iterable[_Union[HeldExpert, _Mapping]]] = ..., health: _Optional[_Union[Health, _Mapping]] = ...) -> None: ...
+
+class Health(_message.Message):
+    __slots__ = ("condition", "weight", "reason", "gpus")
+    class Condition(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        CONDITION_UNSPECIFIED: _ClassVar[Health.Condition]
+        CONDITION_HEALTHY: _ClassVar[Health.Condition]
+        CONDITION_THERMAL: _ClassVar[Health.Condition]
+        CONDITION_FATAL: _ClassVar[Health.Condition]
+    CONDITION_UNSPECIFIED: Health.Condition
+    CONDITION_HEALTHY: Health.Condition
+    CONDITION_THERMAL: Health.Condition
+    CONDITION_FATAL: Health.Condition
+    CONDITION_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
+    condition: Health.Condition
+    weight: float
+    reason: str
+    gpus: _containers.RepeatedCompositeFieldContainer[Gpu]
+    def __init__(self, condition: _Optional[_Union[Health.Condition, str]] = ..., weight: _Optional[float] = ..., reason: _Optional[str] = ..., gpus: _Optional[_Iterable[_Union[Gpu, _Mapping]]] = ...) -> None: ...
+
+class Gpu(_message.Message):
+    __slots__ = ("index", "uuid", "name", "reachable", "memory_used_bytes", "memory_total_bytes", "utilization", "temperature_celsius", "throttled", "ecc_corrected", "ecc_uncorrected", "rows_pending", "nvlinks_active", "nvlink_errors", "recovery_action", "xids")
+    class XidsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: int
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[int] = ...) -> None: ...
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    UUID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REACHABLE_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UTILIZATION_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_CELSIUS_FIELD_NUMBER: _ClassVar[int]
+    THROTTLED_FIELD_NUMBER: _ClassVar[int]
+    ECC_CORRECTED_FIELD_NUMBER: _ClassVar[int]
+    ECC_UNCORRECTED_FIELD_NUMBER: _ClassVar[int]
+    ROWS_PENDING_FIELD_NUMBER: _ClassVar[int]
+    NVLINKS_ACTIVE_FIELD_NUMBER: _ClassVar[int]
+    NVLINK_ERRORS_FIELD_NUMBER: _ClassVar[int]
+    RECOVERY_ACTION_FIELD_NUMBER: _ClassVar[int]
+    XIDS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    uuid: str
+    name: str
+    reachable: bool
+    memory_used_bytes: int
+    memory_total_bytes: int
+    utilization: float
+    temperature_celsius: int
+    throttled: bool
+    ecc_corrected: int
+    ecc_uncorrected: int
+    rows_pending: bool
+    nvlinks_active: int
+    nvlink_errors: int
+    recovery_action: int
+    xids: _containers.ScalarMap[int, int]
+    def __init__(self, index: _Optional[int] = ..., uuid: _Optional[str] = ..., name: _Optional[str] = ..., reachable: bool = ..., memory_used_bytes: _Optional[int] = ..., memory_total_bytes: _Optional[int] = ..., utilization: _Optional[float] = ..., temperature_celsius: _Optional[int] = ..., throttled: bool = ..., ecc_corrected: _Optional[int] = ..., ecc_uncorrected: _Optional[int] = ..., rows_pending: bool = ..., nvlinks_active: _Optional[int] = ..., nvlink_errors: _Optional[int] = ..., recovery_action: _Optional[int] = ..., xids: _Optional[_Mapping[int, int]] = ...) -> None: ...
 
 class AssignRequest(_message.Message):
     __slots__ = ("term", "epoch", "experts")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import ray
 from ray.util.placement_group import get_current_placement_group, placement_group_table
 
+from barista.errors import ConfigError
 from barista.machine import available_memory
 from barista.tracing import WORKER_SERVICE, open_tracer
 from barista.trust import Trust
 from experts.cluster.host import listening_host
 from experts.cluster.messages import PoolConfig
+from experts.health.watch import GpuWatch, watch_gpus
+
+log = logging.getLogger(__name__)
 
 MEMORY_SHARE = 0.8  # of what is free; the rest is room for rows, windows and the other processes of the node
 
@@ -56,8 +61,19 @@ class WorkerActor:
             capacity_bytes,
             Trust(self._token, Path(self._config.tls_dir) if self._config.tls_dir else None),
             open_tracer(self._config.trace_to, self._config.trace_ratio, WORKER_SERVICE, self._name),
+            _gpus(),
         )
         return self._server.address
+
+
+def _gpus() -> GpuWatch | None:
+    """A watch over the GPUs that Ray gave this process; None for none, and where they cannot be looked at."""
+    ids = [str(gpu) for gpu in ray.get_gpu_ids()]
+    try:
+        return watch_gpus(ids) if ids else None
+    except ConfigError as error:
+        log.warning("%s This worker goes on without.", error)
+        return None
 
 
 def _neighbours(node_id: str) -> int:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import os
 import sys
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ from experts.cluster.messages import PoolConfig
 from experts.cluster.worker_actor import WorkerActor
 from experts.controller.runner import Location
 
+log = logging.getLogger(__name__)
+
 CPUS = 0.01  # a bundle must ask for some; threads are set explicitly
 PLACE_SECONDS = 10.0
 LOCATE_RETRY_SECONDS = 0.2
@@ -46,7 +51,8 @@ class RayWorkers:
         self._namespace = namespace
         self._home = home
         self._node_ids: dict[str, str] = {}  # where each has served
-        self._group_prefix = f"{namespace}/"  # a group is named after all of its workers
+        # A group is named after all of its workers, and @something if the worker has moved there.
+        self._group_prefix = f"{namespace}/"
 
     def found(self) -> list[str]:
         """Workers that an earlier controller of this pool has made."""
@@ -77,6 +83,14 @@ class RayWorkers:
         """Kill the worker's process, in whatever state it is; Ray makes another one in its place."""
         await asyncio.to_thread(self._kill, name, no_restart=False)
 
+    async def move(self, name: str) -> None:
+        """Make the worker anew in a place that is free; where there is none, restart it in its own.
+
+        The place that it leaves stays taken while the pool has workers of its group, so that Ray gives the hardware to
+        nobody else.
+        """
+        await asyncio.to_thread(self._move, name)
+
     async def stop(self, name: str) -> None:
         """Kill the actor for good, and free its place once no other worker shares its group."""
         await asyncio.to_thread(self._stop, name)
@@ -87,11 +101,17 @@ class RayWorkers:
             self._stop(name)
 
     def _start(self, names: list[str]) -> None:
-        has_gpus = ray.cluster_resources().get("GPU", 0) >= len(names)
-        bundle = {"CPU": CPUS, WORKER_RESOURCE: 1.0} | ({"GPU": 1.0} if has_gpus else {})
+        group = self._place(names, _bundle(len(names)))
+        for index, name in enumerate(names):
+            self._make(name, group, index)
+
+    def _place(self, names: list[str], bundle: dict[str, float], suffix: str = "") -> PlacementGroup:
+        """A place for each. suffix: of the group's name. Raises ConfigError when there are not enough within 10 s."""
         room = _room(bundle)
-        group_name = self._group_prefix + ",".join(names)
-        group = placement_group([bundle] * len(names), strategy="SPREAD", name=group_name, lifetime="detached")
+        group_name = self._group_prefix + ",".join(names) + suffix
+        group: PlacementGroup = placement_group(
+            [bundle] * len(names), strategy="SPREAD", name=group_name, lifetime="detached"
+        )
         try:
             ray.get(group.ready(), timeout=PLACE_SECONDS)
             self._require_encryption(_nodes_of(group))
@@ -101,8 +121,25 @@ class RayWorkers:
         except ConfigError:
             remove_placement_group(group)
             raise
-        for index, name in enumerate(names):
-            self._make(name, group, index)
+        return group
+
+    def _move(self, name: str) -> None:
+        try:
+            group = self._place([name], _bundle(1), suffix=f"@{uuid.uuid4().hex}")
+        except ConfigError as error:
+            log.warning("%s is restarted where it is: %s", name, error)
+            self._kill(name, no_restart=False)
+            return
+        self._kill(name, no_restart=True)
+        deadline = time.monotonic() + PLACE_SECONDS
+        while True:
+            try:
+                self._make(name, group, 0)
+                return
+            except ValueError:  # its predecessor still has the name
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(LOCATE_RETRY_SECONDS)
 
     def _make(self, name: str, group: PlacementGroup, index: int) -> None:
         gpus = group.bundle_specs[index].get("GPU", 0)
@@ -136,7 +173,7 @@ class RayWorkers:
         for table in placement_group_table().values():
             group_name = table["name"]
             if group_name.startswith(self._group_prefix) and table["state"] != "REMOVED":
-                members = group_name.removeprefix(self._group_prefix).split(",")
+                members = group_name.removeprefix(self._group_prefix).partition("@")[0].split(",")
                 if left.isdisjoint(members):
                     with contextlib.suppress(ValueError):
                         remove_placement_group(get_placement_group(group_name))
@@ -166,6 +203,12 @@ def _nodes_of(group: PlacementGroup) -> list[str]:
     """The node of each bundle."""
     nodes = placement_group_table(group)["bundles_to_node_id"]
     return [nodes[index] for index in sorted(nodes)]
+
+
+def _bundle(count: int) -> dict[str, float]:
+    """What each of so many workers asks for: a GPU, if there are enough."""
+    has_gpus = ray.cluster_resources().get("GPU", 0) >= count
+    return {"CPU": CPUS, WORKER_RESOURCE: 1.0} | ({"GPU": 1.0} if has_gpus else {})
 
 
 def _room(bundle: dict[str, float]) -> int:

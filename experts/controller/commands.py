@@ -96,6 +96,8 @@ def _drain(pool: Pool, names: list[str], now: float) -> Command:
         for name in new:
             pool.members[name].draining = True
         tend(pool, now)
+    for name in names:
+        pool.members[name].retired = False  # from now on it is whoever drains it that says when it ends
     return Command(pool, f"Draining {what}", lambda: all(_is_empty(pool, name) for name in names), now)
 
 

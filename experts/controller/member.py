@@ -6,8 +6,10 @@ import enum
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from barista.placement import ExpertKey
+from experts.health.verdict import HEALTHY, Condition, Verdict
 
 
 class Reach(enum.Enum):
@@ -21,7 +23,10 @@ class Reach(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """A worker's own account: barista.v1.DescribeReply. held: the digest of each expert that it holds."""
+    """A worker's own account: barista.v1.DescribeReply. held: the digest of each expert that it holds.
+
+    verdict: on its GPUs; gpus: what the worker says of each, for whoever asks.
+    """
 
     pid: int
     incarnation: str
@@ -33,6 +38,8 @@ class Description:
     draining: bool = False
     term: int = 0
     epoch: int = 0
+    verdict: Verdict = HEALTHY
+    gpus: tuple[Any, ...] = ()
 
 
 @dataclass(slots=True)
@@ -43,8 +50,10 @@ class Member:
     withdrawn: the first epoch that no longer names a replica. draining: gets no experts and gives its own away;
     leaving: ends (stopping) when that is done. since: when `reach` last changed. fault: what its present process did
     wrong, for which it stays refused. given_up: lost for so long that others get its experts. changes: how often `held`
-    has changed. replaced: how often its process was ended, since it was last live, because it hung. domain: the wider
-    failure domain of its node.
+    has changed. replaced: how often its process was ended, since it was last live and well, because it hung or for its
+    hardware. domain: the wider failure domain of its node. retired: drained because its hardware is not to be used;
+    ends with another process that is well. retire_at: when to try that again. moving: about to be replaced on other
+    hardware, and not to be used before. gpus: as the worker last told of them.
     """
 
     name: str
@@ -70,6 +79,11 @@ class Member:
     replaced_at: float = -math.inf
     replaced: int = 0
     given_up: bool = False
+    verdict: Verdict = HEALTHY
+    retired: bool = False
+    retire_at: float = -math.inf
+    moving: bool = False
+    gpus: tuple[Any, ...] = ()
     held: dict[ExpertKey, bytes] = field(default_factory=dict)
     proven: set[ExpertKey] = field(default_factory=set)
     proving: set[ExpertKey] = field(default_factory=set)
@@ -86,6 +100,11 @@ class Member:
     def live(self) -> bool:
         """It answers and may be used."""
         return self.reach is Reach.LIVE
+
+    @property
+    def failing(self) -> bool:
+        """Its hardware is not to be used."""
+        return self.verdict.condition is Condition.FATAL
 
     def forget(self) -> None:
         """What it held and was told is gone."""

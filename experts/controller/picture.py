@@ -36,7 +36,8 @@ class Engine:
 
 
 class Picture:
-    """Members, target and placement. `revision` grows with everything that a watcher can see.
+    """Members, target and placement. `revision` grows with everything that watchers are told, `readings` with what is
+    told only to those who ask: the readings of GPUs, which change all the time.
 
     term, epoch: number the placements of all the pool's controllers in order. found: workers that an earlier one made.
     """
@@ -55,6 +56,7 @@ class Picture:
         self.term_is_ours = False
         self.moves = 0
         self.revision = 0
+        self.readings = 0
         self._unpublished_since: float | None = None
         self.began = now
         self.members.update((name, Member(name, now)) for name in found)
@@ -124,11 +126,10 @@ class Picture:
         digests = dict(self.placement.digests)
         for member in live:
             digests.update((key, member.held[key]) for key in member.proven)
-        if replicas == self.placement.replicas and digests == self.placement.digests:
-            return
-        self._changed()
-        self.placement = Placement(self.epoch + 1, replicas, digests)
-        for member in self.members.values():
+        if replicas != self.placement.replicas or digests != self.placement.digests:
+            self._changed()
+            self.placement = Placement(self.epoch + 1, replicas, digests)
+        for member in self.members.values():  # also where nothing changed: what came too late was never named
             unnamed = {key for key in member.held if member.name not in replicas[key]}
             for key in [key for key in member.withdrawn if key not in unnamed]:
                 del member.withdrawn[key]

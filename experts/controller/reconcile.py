@@ -56,7 +56,14 @@ class Restart:
     worker: str
 
 
-Action = Assign | Probe | Release | Stop | Restart
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Replace this worker's process by one on other hardware, if there is some: it was retired and holds nothing."""
+
+    worker: str
+
+
+Action = Assign | Probe | Release | Stop | Restart | Move
 
 
 def next_actions(pool: Pool, now: float) -> list[Action]:
@@ -65,7 +72,7 @@ def next_actions(pool: Pool, now: float) -> list[Action]:
         return []
     pool.take_term()
     actions: list[Action] = [*_assigns(pool, now), *_probes(pool), *_releases(pool, now), *_stops(pool)]
-    actions += _restarts(pool, now)
+    actions += [*_restarts(pool, now), *_moves(pool, now)]
     pool.settled = pool.settled or (not pool.placement.uncovered() and is_settled(pool))
     return actions
 
@@ -78,7 +85,9 @@ def ended(pool: Pool, action: Action, error: str, now: float) -> None:
         case Probe() if error:
             pool.probe_failed(action.worker, action.incarnation, action.expert)
         case Release() if error:
-            pool.release_failed(action.worker, action.incarnation, now)
+            pool.release_failed(action.worker, action.incarnation, action.experts, now)
+        case Move() if action.worker in pool.members:
+            pool.members[action.worker].moving = False
         case Stop() if error and action.worker in pool.members:
             pool.members[action.worker].stopping = False
 
@@ -168,7 +177,8 @@ def _may_release(pool: Pool, member: Member, key: ExpertKey, now: float) -> bool
 
 def _stops(pool: Pool) -> Iterator[Stop]:
     for member in pool.sorted_members():
-        if member.leaving and not member.stopping and (not member.live or not (member.held or member.loading)):
+        idle = not (member.stopping or member.moving)
+        if member.leaving and idle and (not member.live or not (member.held or member.loading)):
             member.stopping = True
             yield Stop(member.name)
 
@@ -176,8 +186,26 @@ def _stops(pool: Pool) -> Iterator[Stop]:
 def _restarts(pool: Pool, now: float) -> Iterator[Restart]:
     for member in pool.sorted_members():
         left_alone = now - max(member.since, member.replaced_at)
-        patience = HUNG_SECONDS * 2**member.replaced  # its successor may only be slow to start
-        if member.reach is Reach.LOST and not member.stopping and left_alone > patience:
-            member.replaced_at = now
-            member.replaced += 1
+        if member.reach is Reach.LOST and not member.stopping and left_alone > _patience(member):
+            _replace(member, now)
             yield Restart(member.name)
+
+
+def _moves(pool: Pool, now: float) -> Iterator[Move]:
+    """The first time at once; then less and less often, because there seems to be no better place."""
+    for member in pool.live:
+        empty = not (member.held or member.loading or member.leaving)
+        if member.retired and empty and now - member.replaced_at > _patience(member):
+            _replace(member, now)
+            member.moving = True
+            yield Move(member.name)
+
+
+def _patience(member: Member) -> float:
+    """Seconds for a process that has replaced another one; its successor may only be slow to start."""
+    return HUNG_SECONDS * 2.0**member.replaced
+
+
+def _replace(member: Member, now: float) -> None:
+    member.replaced_at = now
+    member.replaced += 1

@@ -17,7 +17,8 @@ from experts.controller import calls
 from experts.controller.calls import CallFailed, WorkerCalls
 from experts.controller.member import Member
 from experts.controller.planning import tend
-from experts.controller.reconcile import Action, Assign, Probe, Release, Restart, Stop, ended, next_actions
+from experts.controller.reconcile import Action, Assign, Move, Probe, Release, Restart, Stop, ended, next_actions
+from experts.controller.retirement import retire_failing
 from experts.controller.state import Pool
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,10 @@ class Workers(Protocol):
 
     async def restart(self, name: str) -> None:
         """End a worker's process, in whatever state it is, so that another one takes its place."""
+        ...
+
+    async def move(self, name: str) -> None:
+        """End a worker's process, so that one on other hardware takes its place; if there is none, on the same."""
         ...
 
     async def stop(self, name: str) -> None:
@@ -128,6 +133,7 @@ class Runner:
             follower = self._followers[name] = asyncio.create_task(self._follow(name))
             follower.add_done_callback(partial(self._follower_ended, name))
         tend(self.pool, now)
+        retire_failing(self.pool, now)
         for action in next_actions(self.pool, now):
             self._spawn(self._carry_out(action))
         if self.pool.revision != self._seen_revision:
@@ -223,6 +229,8 @@ class Runner:
                     await self._release(action)
                 case Restart():
                     await self.workers.restart(action.worker)
+                case Move():
+                    await self.workers.move(action.worker)
                 case Stop():
                     await self.workers.stop(action.worker)
                     await self.forget(action.worker)

@@ -37,7 +37,7 @@ class ControllerService(ControllerServicer):  # type: ignore[misc]  # generated 
         self._pool = runner.pool
         self._command = asyncio.Lock()
         self._streams = itertools.count()
-        self._cached: tuple[int, pb.PoolState] = (-1, pb.PoolState())
+        self._cached: tuple[tuple[int, int], pb.PoolState] = ((-1, -1), pb.PoolState())
 
     async def Watch(self, requests: AsyncIterator[pb.WatchRequest], context: Any) -> AsyncIterator[pb.PoolState]:
         listener = asyncio.create_task(self._listen(requests, next(self._streams)))
@@ -135,6 +135,7 @@ class ControllerService(ControllerServicer):  # type: ignore[misc]  # generated 
             raise
 
     def _state(self) -> pb.PoolState:
-        if self._cached[0] != self._pool.revision:
-            self._cached = (self._pool.revision, pool_state(self._pool))
+        as_of = self._pool.revision, self._pool.readings
+        if self._cached[0] != as_of:
+            self._cached = as_of, pool_state(self._pool)
         return self._cached[1]

@@ -52,7 +52,7 @@ class Pool(Picture):
         member = self.members.get(name)
         if member is not None and (member.address, member.node, member.domain) != (address, node, domain):
             if member.node not in ("", node):  # the drain was of the node that it has left
-                member.draining = member.leaving
+                member.draining = member.leaving or member.moving
             member.address, member.node, member.domain = address, node, domain
             self._changed()
 
@@ -76,6 +76,7 @@ class Pool(Picture):
         member.pid, member.incarnation = description.pid, description.incarnation
         member.numerics_id, member.protocol_version = description.numerics_id, description.protocol_version
         member.capacity_bytes = description.capacity_bytes
+        self._take_health(member, description)
         reason = refusal(self, member, description)
         if reason:
             self._refuse(member, reason, now)
@@ -83,7 +84,7 @@ class Pool(Picture):
         returned = not member.live
         if returned:
             member.reach, member.since, member.detail, member.given_up = Reach.LIVE, now, "", False
-            member.replaced = 0
+            member.replaced = member.replaced if member.failing else 0
             member.draining = member.draining or description.draining
         news = asked_at in (None, member.changes) and self._take_held(member, description.held)
         if reborn or returned or news:
@@ -181,11 +182,11 @@ class Pool(Picture):
         self.moves += len(keys)
         self._changed()
 
-    def release_failed(self, name: str, incarnation: str, now: float) -> None:
-        """A Release could not be made: it is tried again, if it is still wanted."""
+    def release_failed(self, name: str, incarnation: str, keys: Iterable[ExpertKey], now: float) -> None:
+        """A Release could not be made: it is tried again, if it is still wanted. Others may be under way."""
         member = self._present(name, incarnation)
         if member is not None:
-            member.releasing.clear()
+            member.releasing.difference_update(keys)
             self.publish(now)
 
     # ------------------------------------------------------------------ engines
@@ -236,6 +237,18 @@ class Pool(Picture):
             if not self.settled or not self.holders(key):
                 member.proven.add(key)
         return True
+
+    def _take_health(self, member: Member, description: Description) -> None:
+        """Another process that is well ends what its predecessor was retired for."""
+        if member.gpus != description.gpus:
+            member.gpus = description.gpus
+            self.readings += 1
+        if member.verdict != description.verdict:
+            member.verdict = description.verdict
+            self._changed()
+        if member.retired and not (member.failing or member.moving):
+            member.retired, member.replaced, member.draining = False, 0, member.leaving
+            self._changed()
 
     def _live_target(self, key: ExpertKey) -> list[str]:
         return [name for name in self.target[key] if name in self.members and self.members[name].live]

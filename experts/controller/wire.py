@@ -14,6 +14,8 @@ from experts.controller.commands import MovedReplica
 from experts.controller.member import Description, Member, Reach
 from experts.controller.planning import problem
 from experts.controller.state import Pool
+from experts.health.verdict import HEALTHY
+from experts.health.wire import health_message, verdict_of
 
 _PROBE_SEED = 20
 
@@ -65,6 +67,8 @@ def description_of(reply: experts_pb.DescribeReply) -> Description:
         draining=reply.draining,
         term=reply.term,
         epoch=reply.epoch,
+        verdict=verdict_of(reply.health),
+        gpus=tuple(reply.health.gpus),
     )
 
 
@@ -109,8 +113,9 @@ def _worker(pool: Pool, member: Member) -> controller_pb.Worker:
         capacity_bytes=member.capacity_bytes,
         held_bytes=pool.bytes_of(member.held) if member.live else 0,
         incarnation=member.incarnation,
-        detail=member.detail,
+        detail=" ".join(filter(None, (member.verdict.reason, member.detail))),
         restarts=member.restarts,
+        health=health_message(member.verdict, member.gpus) if member.gpus or member.verdict != HEALTHY else None,
     )
 
 

@@ -10,23 +10,28 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from barista.errors import BaristaError
 from barista.tracing import TRACE_RATIO, WORKER_SERVICE, open_tracer
 from barista.trust import TOKEN_VARIABLE, Trust
 from experts.expert_model import ExpertModel
+from experts.health.watch import GpuWatch, watch_gpus
 from experts.worker.server import WorkerServer
 
 
-def main() -> None:
-    """Serve until SIGTERM. A terminal's Ctrl-C reaches the whole group; whoever started us decides what it means."""
+def main(nvml: Any = None) -> None:
+    """Serve until SIGTERM. A terminal's Ctrl-C reaches the whole group; whoever started us decides what it means.
+
+    nvml: what stands in for the module pynvml where a test has no GPU.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.set())
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     options = _options()
     try:
-        server = _serve(options)
+        server = _serve(options, nvml)
     except BaristaError as error:
         sys.exit(f"{options.name}: {error}")
     if options.until_eof:
@@ -48,11 +53,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tls-dir", type=Path)
     parser.add_argument("--trace-to", help="OTLP/HTTP endpoint or file of OpenTelemetry traces")
     parser.add_argument("--trace-ratio", type=float, default=TRACE_RATIO, help="share of the steps to trace")
+    parser.add_argument("--gpu", action="append", help="index or UUID of a GPU to watch; may be given more than once")
     parser.add_argument("--until-eof", action="store_true", help="end when the standard input does")
     return parser.parse_args()
 
 
-def _serve(options: argparse.Namespace) -> WorkerServer:
+def _serve(options: argparse.Namespace, nvml: Any) -> WorkerServer:
+    gpus: GpuWatch | None = watch_gpus(options.gpu, nvml) if options.gpu else None
     return WorkerServer(
         ExpertModel.from_json(options.model.read_text()),
         options.name,
@@ -62,6 +69,7 @@ def _serve(options: argparse.Namespace) -> WorkerServer:
         options.capacity,
         Trust(os.environ.get(TOKEN_VARIABLE, ""), options.tls_dir),
         open_tracer(options.trace_to, options.trace_ratio, WORKER_SERVICE, options.name),
+        gpus,
     )
 
 

@@ -16,6 +16,8 @@ from barista.errors import CheckpointError
 from barista.protocol import PROTOCOL_VERSION
 from barista.v1 import experts_pb2 as pb
 from experts import kernels
+from experts.health.watch import GpuWatch
+from experts.health.wire import report_message
 from experts.link import RowsStatus
 from experts.numerics import numerics_id
 from experts.transport.grpc import MalformedMessage, RowsServer
@@ -33,15 +35,24 @@ MAX_ENGINES = 32  # each occupies a thread; the server has twice as many
 
 
 class ExpertsService:
-    """One worker's answers. on_drain: told whether the worker drains from now on. tracer: None without traces."""
+    """One worker's answers. on_drain: told whether the worker drains from now on.
+
+    tracer: None without traces. gpus: None where no GPU is watched.
+    """
 
     def __init__(
-        self, store: ExpertStore, name: str, on_drain: Callable[[bool], None], tracer: Tracer | None = None
+        self,
+        store: ExpertStore,
+        name: str,
+        on_drain: Callable[[bool], None],
+        tracer: Tracer | None = None,
+        gpus: GpuWatch | None = None,
     ) -> None:
         self._store = store
         self._name = name
         self._on_drain = on_drain
         self._tracer = tracer
+        self._gpus = gpus
         self._incarnation = uuid.uuid4().hex
         self._numerics_id = numerics_id(store.dtype, store.model.format)
         self._draining = False
@@ -78,6 +89,7 @@ class ExpertsService:
             dispatches=self._dispatches + (self._store.tables.served if self._store.tables else 0),
             term=store.term,
             epoch=store.epoch,
+            health=None if self._gpus is None else report_message(self._gpus.report),
         )
         reply.MergeFrom(self._held_reply())
         return reply

@@ -6,6 +6,8 @@ from fastapi import APIRouter, Response
 
 from barista.errors import EngineFailed, Overloaded, RequestError
 from barista.metrics import CONTENT_TYPE
+from barista.v1 import controller_pb2 as pb
+from router.api.gpu_stats import gpu_stats
 from router.api.openapi import GET_ERRORS, TEXT, UNREADY
 from router.api.responses import Model, ModelList, Status
 from router.api.service import Service, unknown_model
@@ -40,7 +42,9 @@ def operations_router(service: Service) -> APIRouter:
             stats = await service.engine.stats() if service.engine.ready else None
         except EngineFailed:
             stats = None
-        return Response(service.metrics.exposition(stats, await _moves(service)), media_type=CONTENT_TYPE)
+        pool = await _pool(service)
+        told = () if pool is None else (pool.moves, gpu_stats(pool))
+        return Response(service.metrics.exposition(stats, *told), media_type=CONTENT_TYPE)
 
     @router.get("/v1/models", responses=GET_ERRORS)
     async def list_models() -> ModelList:
@@ -57,12 +61,12 @@ def operations_router(service: Service) -> APIRouter:
     return router
 
 
-async def _moves(service: Service) -> int | None:
-    """Replicas that the pool has moved; None where there is no controller to ask."""
+async def _pool(service: Service) -> pb.PoolState | None:
+    """The pool as it is; None where there is no controller to ask."""
     if service.pool is None:
         return None
     try:
-        return (await service.pool.state()).moves
+        return await service.pool.state()
     except RequestError:
         return None
 

@@ -22,6 +22,8 @@ from experts.controller.calls import failure
 from experts.controller.runner import Location, Runner
 from experts.controller.service import serve
 from experts.controller.state import Pool, PoolSettings
+from experts.health.verdict import HEALTHY, Condition, Verdict
+from experts.health.wire import health_message
 
 TRUST = Trust("a token")
 SIZE = 100
@@ -42,6 +44,7 @@ class FakeExperts(ExpertsServicer):
         self.row = row
         self.refusal = refusal
         self.stalls = stalls
+        self.health: experts_pb2.Health | None = None
 
     async def Describe(self, request: Any, context: Any) -> experts_pb2.DescribeReply:
         return experts_pb2.DescribeReply(
@@ -57,6 +60,7 @@ class FakeExperts(ExpertsServicer):
             term=self.fence[0],
             epoch=self.fence[1],
             held=[self._held(key) for key in sorted(self.held)],
+            health=self.health,
         )
 
     async def Assign(self, request: Any, context: Any) -> AsyncIterator[experts_pb2.AssignProgress]:
@@ -99,6 +103,7 @@ class FakeWorkers:
     experts: dict[str, FakeExperts] = field(default_factory=dict)
     servers: dict[str, tuple[grpc.aio.Server, str]] = field(default_factory=dict)
     lives: dict[str, int] = field(default_factory=dict)
+    moved: list[str] = field(default_factory=list)
 
     async def start(self, names: list[str]) -> None:
         if len(self.lives) + len(names) > self.room:
@@ -120,6 +125,10 @@ class FakeWorkers:
         return Location(self.servers[name][1], "node")
 
     async def restart(self, name: str) -> None:
+        await self.kill(name)
+
+    async def move(self, name: str) -> None:
+        self.moved.append(name)
         await self.kill(name)
 
     async def stop(self, name: str) -> None:
@@ -267,6 +276,38 @@ def test_drain_scale_and_rebalance_return_when_they_are_done() -> None:
             assert [worker.name for worker in state.workers] == ["worker-0"]
             assert list(pool.workers.servers) == ["worker-0"]
             assert state.coverage == 1
+
+    run(scenario())
+
+
+def test_a_worker_whose_gpu_fails_is_drained_and_moved_and_serves_again() -> None:
+    async def scenario() -> None:
+        async with pool_of(2, redundancy=1) as pool:
+            await pool.ready()
+            broken = Verdict(Condition.FATAL, 0.0, "GPU 0: XID 79.")
+            pool.workers.experts["worker-0"].health = health_message(broken, [experts_pb2.Gpu(index=0)])
+            told = await pool.until(lambda state: state.workers[0].detail != "")
+            assert told.workers[0].detail == "GPU 0: XID 79."
+            after = await pool.until(lambda state: state.workers[0].restarts == 1)
+            assert after.coverage == 1
+            assert pool.workers.moved == ["worker-0"]
+            assert (await pool.ready()).workers[0].detail == ""
+
+    run(scenario())
+
+
+def test_who_asks_gets_the_newest_reading() -> None:
+    async def scenario() -> None:
+        async with pool_of(1, redundancy=1) as pool:
+            await pool.ready()
+            for degrees in (50, 60):
+                gpu = experts_pb2.Gpu(temperature_celsius=degrees)
+                pool.workers.experts["worker-0"].health = health_message(HEALTHY, [gpu])
+                readings = pool.pool.readings
+                async with asyncio.timeout(TIMEOUT):
+                    while pool.pool.readings == readings:
+                        await asyncio.sleep(0.01)
+                assert (await pool.state()).workers[0].health.gpus[0].temperature_celsius == degrees
 
     run(scenario())
 

@@ -85,7 +85,7 @@ def test_every_metric_is_shown():
 def test_the_dashboard_has_the_rows_that_it_promises_and_no_two_panels_overlap():
     panels = json.loads(FILE.read_text())["panels"]
     titles = [panel["title"] for panel in panels if panel["type"] == "row"]
-    assert titles == ["Traffic", "Latency", "Engine", "Experts", "Pool", "Workers"]
+    assert titles == ["Traffic", "Latency", "Engine", "Experts", "Pool", "Workers", "GPUs"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     cells = [
         (x, y)

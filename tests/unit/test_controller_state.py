@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from barista.placement import ExpertKey
+from barista.v1 import experts_pb2
 from experts.controller.commands import (
     STALL_SECONDS,
     Command,
@@ -29,18 +30,24 @@ from experts.controller.reconcile import (
     SILENT_SECONDS,
     Action,
     Assign,
+    Move,
     Probe,
     Release,
     Restart,
     Stop,
+    ended,
     is_settled,
     next_actions,
 )
+from experts.controller.retirement import RETRY_SECONDS, retire_failing
 from experts.controller.state import MISSES_UNTIL_LOST, TIMEOUTS_UNTIL_LOST, Pool, PoolSettings
 from experts.controller.wire import by_layer, pool_state, probe_row
+from experts.health.verdict import HEALTHY, Condition, Verdict
 
 SIZE = 100
 MODEL = b"model"
+HOT = Verdict(Condition.THERMAL, 0.5, "GPU 0: hot.")
+BROKEN = Verdict(Condition.FATAL, 0.0, "GPU 0: XID 79.")
 
 
 def digest(key: ExpertKey) -> bytes:
@@ -61,11 +68,13 @@ class FakeWorker:
     term: int = 0
     epoch: int = 0
     held: dict[ExpertKey, bytes] = field(default_factory=dict)
+    verdict: Verdict = HEALTHY
 
-    def restart(self) -> None:
+    def restart(self, verdict: Verdict = HEALTHY) -> None:
         self.life += 1
         self.alive = True
         self.held = {}
+        self.verdict = verdict
 
     def describe(self) -> Description:
         return Description(
@@ -78,6 +87,7 @@ class FakeWorker:
             held=dict(self.held),
             term=self.term,
             epoch=self.epoch,
+            verdict=self.verdict,
         )
 
 
@@ -98,6 +108,7 @@ class World:
         )
         self.workers: dict[str, FakeWorker] = {}
         self.under_way: list[Action] = []
+        self.replaced: list[Action] = []
         self.add(self.pool.add(workers, self.now))
 
     def add(self, names: list[str]) -> None:
@@ -112,12 +123,16 @@ class World:
 
     def step(self) -> None:
         tend(self.pool, self.now)
+        retire_failing(self.pool, self.now)
         self.under_way += next_actions(self.pool, self.now)
 
     def carry_out(self, action: Action) -> None:
         """As a worker would, if it is still the same one; otherwise the action comes to nothing."""
-        if isinstance(action, Restart):
+        if isinstance(action, Restart | Move):
+            self.replaced.append(action)
+            self.kill(action.worker)
             self.workers[action.worker].restart()
+            ended(self.pool, action, "", self.now)
             return
         if isinstance(action, Stop):
             del self.workers[action.worker]
@@ -149,7 +164,7 @@ class World:
                     worker.term, worker.epoch = self.pool.term, self.pool.epoch
                     self.pool.released(action.worker, action.incarnation, action.experts)
                 else:
-                    self.pool.release_failed(action.worker, action.incarnation, self.now)
+                    self.pool.release_failed(action.worker, action.incarnation, action.experts, self.now)
 
     def run(self, rounds: int = 40, seconds: float = 1.0) -> None:
         """Let everything that is under way come to its end."""
@@ -724,6 +739,184 @@ def test_the_lease_ends_only_without_keeper_and_engines() -> None:
     assert not lease.is_over(101.0, engines=0)
 
 
+def test_what_is_loaded_after_its_worker_began_to_drain_is_released_too() -> None:
+    world = ready(2)
+    world.add(begin_scale(world.pool, 3, world.now).started)
+    world.describe("worker-2")
+    world.step()
+    (assign,) = (action for action in world.under_way if isinstance(action, Assign))
+    world.under_way.clear()
+    begin_drain(world.pool, "worker-2", world.now)
+    world.carry_out(assign)
+    assert word(world, "worker-2") == "DRAINING"
+    world.run(3)
+    assert word(world, "worker-2") == "DRAINED"
+
+
+# ---------------------------------------------------------------- hardware
+
+
+def fails(world: World, name: str, verdict: Verdict = BROKEN) -> None:
+    world.workers[name].verdict = verdict
+    world.describe(name)
+
+
+def test_a_worker_whose_hardware_fails_is_drained_then_moved_and_gets_experts_again() -> None:
+    world = ready(3)
+    fails(world, "worker-1")
+    world.step()
+    assert word(world, "worker-1") == "DRAINING"
+    world.run()
+    assert world.replaced == [Move("worker-1")]
+    assert [word(world, name) for name in world.workers] == ["READY"] * 3
+    assert world.replicas() == [2] * 12
+
+
+def test_nothing_is_uncovered_while_failing_hardware_is_left() -> None:
+    world = ready(2, redundancy=1)
+    fails(world, "worker-0")
+    while not world.replaced:
+        world.run(1)
+        assert coverage(world) == 1
+    assert named_at(world, "worker-0") == set()
+
+
+def test_a_worker_that_fails_is_not_drained_where_that_would_uncover_experts_and_the_reason_is_told() -> None:
+    world = ready(2, capacity=6 * SIZE, redundancy=1)
+    fails(world, "worker-0")
+    world.run()
+    assert coverage(world) == 1
+    assert world.replaced == []
+    detail = pool_state(world.pool).workers[0].detail
+    assert "XID 79" in detail
+    assert f"{6 * SIZE} bytes" in detail
+    world.finish(begin_scale(world.pool, 3, world.now))
+    world.now += RETRY_SECONDS
+    world.run()
+    assert world.replaced == [Move("worker-0")]
+
+
+def test_a_drain_that_was_refused_is_tried_again_after_a_while_and_its_reason_is_then_gone() -> None:
+    world = ready(2, capacity=6 * SIZE, redundancy=1)
+    fails(world, "worker-0")
+    world.step()
+    world.pool.members["worker-1"].capacity_bytes = 12 * SIZE
+    world.now += RETRY_SECONDS / 2
+    world.step()
+    assert word(world, "worker-0") == "READY"
+    world.now += RETRY_SECONDS / 2
+    world.step()
+    assert word(world, "worker-0") == "DRAINING"
+    assert pool_state(world.pool).workers[0].detail == BROKEN.reason
+
+
+def test_hardware_that_fails_again_is_left_less_and_less_often() -> None:
+    world = ready(2)
+    moved = []
+    fails(world, "worker-0")
+    for _ in range(int(7 * HUNG_SECONDS)):
+        world.run(1)
+        if world.replaced:
+            moved.append(world.now)
+            world.replaced.clear()
+            world.workers["worker-0"].verdict = BROKEN  # the new process finds it broken too, before anybody asks
+    assert len(moved) == 3
+    assert moved[1] - moved[0] > 2 * HUNG_SECONDS
+    assert moved[2] - moved[1] > 4 * HUNG_SECONDS
+    assert coverage(world) == 1
+
+
+def test_a_worker_that_is_about_to_be_moved_is_not_used_though_it_came_back_well() -> None:
+    world = ready(3)
+    fails(world, "worker-1")
+    while not world.under_way or not isinstance(world.under_way[-1], Move):
+        world.describe("worker-1")
+        world.step()
+        for action in [action for action in world.under_way if not isinstance(action, Move)]:
+            world.under_way.remove(action)
+            world.carry_out(action)
+    world.workers["worker-1"].restart()
+    world.describe("worker-1")
+    assert word(world, "worker-1") == "DRAINED"
+    world.run()
+    assert word(world, "worker-1") == "READY"
+
+
+def test_a_new_worker_on_failing_hardware_gets_no_expert() -> None:
+    world = ready(2)
+    world.add(world.pool.add(1, world.now))
+    world.workers["worker-2"].verdict = BROKEN
+    world.describe("worker-2")
+    world.step()
+    assert word(world, "worker-2") == "DRAINED"
+    assert not any(isinstance(action, Assign) for action in world.under_way)
+
+
+def test_failing_hardware_is_left_out_of_the_first_plan() -> None:
+    world = World(2)
+    world.workers["worker-0"].verdict = BROKEN
+    for name in world.workers:
+        world.describe(name)
+    world.step()
+    world.run(2)
+    assert coverage(world) == 1
+    assert named_at(world, "worker-1") == set(world.pool.target)
+
+
+def test_what_an_operator_drains_is_neither_moved_nor_used_again() -> None:
+    world = ready(3)
+    world.finish(begin_drain(world.pool, "worker-1", world.now))
+    fails(world, "worker-1")
+    world.run()
+    assert world.replaced == []
+    world.workers["worker-1"].restart()
+    world.run()
+    assert word(world, "worker-1") == "DRAINED"
+
+
+def test_an_operator_may_take_over_a_drain_for_failing_hardware() -> None:
+    world = ready(3)
+    fails(world, "worker-1")
+    world.step()
+    world.finish(begin_drain(world.pool, "worker-1", world.now))
+    world.run()
+    assert world.replaced == []
+    assert word(world, "worker-1") == "DRAINED"
+
+
+def test_a_drain_that_an_operator_is_refused_takes_nothing_over() -> None:
+    world = ready(2, redundancy=1)
+    fails(world, "worker-0")
+    world.step()
+    for name in world.workers:
+        world.pool.located(name, name, "node")
+    with pytest.raises(Refused):
+        begin_drain_node(world.pool, "node", world.now)
+    world.run()
+    assert world.replaced == [Move("worker-0")]
+
+
+def test_a_slowed_worker_keeps_its_experts_and_its_weight_is_told_at_once() -> None:
+    world = ready(2)
+    before, revision = world.pool.placement, world.pool.revision
+    fails(world, "worker-0", HOT)
+    world.run()
+    assert world.pool.placement == before
+    assert world.pool.revision > revision
+    assert pool_state(world.pool).workers[0].health.weight == 0.5
+    assert pool_state(world.pool).workers[0].detail == "GPU 0: hot."
+
+
+def test_readings_wake_nobody_and_are_told_to_whoever_asks() -> None:
+    world = ready(1, redundancy=1)
+    description = replace(world.workers["worker-0"].describe(), gpus=(experts_pb2.Gpu(temperature_celsius=50),))
+    revision, readings = world.pool.revision, world.pool.readings
+    world.pool.described("worker-0", description, world.now)
+    world.pool.described("worker-0", description, world.now)
+    assert (world.pool.revision, world.pool.readings) == (revision, readings + 1)
+    assert pool_state(world.pool).workers[0].health.gpus[0].temperature_celsius == 50
+
+
 # ---------------------------------------------------------------- the wire
 
 
@@ -763,7 +956,7 @@ def test_whatever_happens_nothing_is_uncovered_but_by_a_loss_and_all_comes_to_re
         for key, names in after.replicas.items():
             assert all(world.pool.members[name].live and key in world.pool.members[name].held for name in names)
     for worker in world.workers.values():
-        if not worker.alive:
+        if not worker.alive or worker.verdict == BROKEN:
             worker.restart()
     for command in commands:
         for _ in range(200):
@@ -788,7 +981,7 @@ def _something_happens(world: World, draw: random.Random, commands: list[Command
     world.now += draw.choice([0.0, 0.1, 0.5, 4.0])
     names = list(world.workers)
     name = draw.choice(names)
-    match draw.randrange(10):
+    match draw.randrange(11):
         case 0:
             world.workers[name].alive = False
         case 1 if not world.workers[name].alive:
@@ -806,13 +999,15 @@ def _something_happens(world: World, draw: random.Random, commands: list[Command
                     world.add(commands[-1].started)
             except Refused:
                 return False
-        case 5 | 6 if world.under_way:
+        case 5 if world.workers[name].verdict != BROKEN:  # which stays for as long as its process
+            world.workers[name].verdict = draw.choice([HEALTHY, HOT, BROKEN])
+        case 6 | 7 if world.under_way:
             action = world.under_way.pop(draw.randrange(len(world.under_way)))
             if isinstance(action, Release):
                 _assert_unused(world, action)
             world.carry_out(action)
             return False
-        case 7 | 8:
+        case 8 | 9:
             worker, member = world.workers[name], world.pool.members[name]
             loss = not worker.alive or worker.describe().incarnation != member.incarnation
             world.describe(name)
@@ -823,5 +1018,7 @@ def _something_happens(world: World, draw: random.Random, commands: list[Command
 
 
 def _assert_unused(world: World, release: Release) -> None:
-    """No expert that is named at a worker is being released there."""
-    assert not set(release.experts) & named_at(world, release.worker)
+    """No expert that is named at a worker is being released there, if that is still the process that was asked."""
+    member = world.pool.members.get(release.worker)
+    if member is not None and member.incarnation == release.incarnation:
+        assert not set(release.experts) & named_at(world, release.worker)

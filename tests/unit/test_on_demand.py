@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from barista.v1 import experts_pb2 as pb
 from experts import on_demand
 from experts.on_demand import OnDemandLoader, share_out
-from experts.roster import ExpertKey
+from experts.roster import ExpertKey, Member
 from tests.unit.fake_links import Clock, FakeLink, attached_roster, random_weights, view
 
 KEYS = [(0, expert) for expert in range(6)]
@@ -59,6 +60,34 @@ def test_a_survivor_that_says_nothing_holds_up_no_other(hung: threading.Event, m
             assert time.monotonic() < limit
             roster.wait_changed(0.01)
         assert loader.loads == len(KEYS)
+    finally:
+        roster.close()
+
+
+def test_a_failing_worker_is_no_survivor() -> None:
+    clock = Clock()
+    links = {name: FakeLink(clock, random_weights(), ()) for name in "abc"}
+    roster = attached_roster(links, view({0: [["a"]] * 6}, "abc"), clock)
+    try:
+        links["a"].close()
+        workers = roster.view.workers
+        failing = tuple(replace(worker, weight=float(worker.name != "b")) for worker in workers)
+        roster.update(replace(roster.view, workers=failing))
+        well = threading.Event()
+        well.set()
+        asked = []
+
+        def connect(member: Member) -> FakeControl:
+            asked.append(member.name)
+            return FakeControl(well)
+
+        loader = OnDemandLoader(roster, connect, lambda layer: 1)
+        loader.want(0)
+        limit = time.monotonic() + 5
+        while roster.uncovered():
+            assert time.monotonic() < limit
+            roster.wait_changed(0.01)
+        assert set(asked) == {"c"}
     finally:
         roster.close()
 

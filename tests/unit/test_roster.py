@@ -7,11 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from experts import kernels
 from experts.link import LinkDown
-from experts.pool_view import WorkerView
-from experts.roster import LONGEST_RETRY_SECONDS, Roster
+from experts.liveness import EXPERT_COST
+from experts.pool_view import PoolView, WorkerView
+from experts.roster import BUSY, LONGEST_RETRY_SECONDS, WELL, Member, Roster, Routing
 from tests.unit.fake_links import Clock, FakeLink, attached_roster, random_weights, view
 
 VIEW = view({0: [["a"]] * 6}, "a")
@@ -167,3 +170,54 @@ def test_what_is_uncovered_is_found_once_and_again_when_it_may_have_changed() ->
         assert roster.uncovered() == []
     finally:
         roster.close()
+
+
+# ---------------------------------------------------------------------- weights
+
+
+def weighted(**weights: float) -> PoolView:
+    """Both workers hold everything."""
+    return replace(PAIR, workers=tuple(replace(worker, weight=weights[worker.name]) for worker in PAIR.workers))
+
+
+PAIR = view({0: [["a", "b"]] * 6}, ["a", "b"])
+
+
+def routed(pool_view: PoolView) -> list[int]:
+    """Rows at each worker of a batch that asks once for every expert."""
+    clock = Clock()
+    links = {name: FakeLink(clock, random_weights(), range(6)) for name in "ab"}
+    roster = attached_roster(links, PAIR, clock)
+    try:
+        roster.update(replace(pool_view, epoch=2))
+        routing = roster.routing(0, clock.now)
+        owner = kernels.route(np.arange(6, dtype=np.int32)[:, None], routing.replicas, routing.cost, EXPERT_COST)
+        return [int((owner == member.index).sum()) for member in roster.members]
+    finally:
+        roster.close()
+
+
+def test_workers_of_equal_weight_share_the_rows() -> None:
+    assert routed(weighted(a=1.0, b=1.0)) == [3, 3]
+
+
+def test_a_worker_of_half_the_weight_gets_half_as_many_rows() -> None:
+    assert routed(weighted(a=0.5, b=1.0)) == [2, 4]
+
+
+def test_a_failing_worker_gets_nothing_that_another_one_holds() -> None:
+    assert routed(weighted(a=0.0, b=1.0)) == [0, 6]
+
+
+def test_a_failing_worker_is_asked_for_what_nobody_else_holds() -> None:
+    alone = replace(weighted(a=0.0, b=1.0), replicas={0: (("a",),) * 2 + (("a", "b"),) * 4})
+    assert routed(alone) == [2, 4]
+
+
+def test_a_failing_worker_stands_behind_one_that_owes_an_answer() -> None:
+    members = tuple(Member(index, worker) for index, worker in enumerate(weighted(a=0.0, b=1.0).workers))
+    assert Routing.of(1, members, ((0, 1),), (WELL, BUSY)).replicas.tolist() == [[1]]
+
+
+def test_all_workers_failing_are_asked_all_the_same() -> None:
+    assert sum(routed(weighted(a=0.0, b=0.0))) == 6
