@@ -56,8 +56,8 @@ class Rendezvous:
         self._number = 0
 
     def gather(self, count: int, within: float) -> tuple[str, ...]:
-        """The names of the workers that are there for the next group, sorted: at least `count`, or as many as have come
-        `within` seconds."""
+        """The names of the workers that have come for the next group, sorted: at least `count`, or fewer once `within`
+        seconds have passed. One that has died since is among them, and `form` will say so."""
         deadline = time.monotonic() + within
         while len(names := self._arrived()) < count and time.monotonic() < deadline:
             time.sleep(_POLL)
