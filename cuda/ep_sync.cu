@@ -2,7 +2,7 @@
 // and the release order it before the cell for whoever acquires that, on any GPU. The kernels after this one read with
 // plain loads. One warp a rank, so that many virtual ranks can wait on one GPU and still leave it to others.
 #include "ep_launch.cuh"
-#include "ep_ptx.cuh"
+#include <ep_ptx.cuh>  // not "": tests lay another one in its way
 
 namespace {
 
