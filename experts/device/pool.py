@@ -19,6 +19,11 @@ class DevicePool(ExpertPool):
         """Whether a layer may be part of a CUDA graph of the trunk's."""
         return bool(getattr(self._transport, "capturable", False))
 
+    def prepare(self) -> int:
+        """Before a step is made up: a number that changes with the addresses by which rows travel, and so with all that
+        was captured before."""
+        return 0
+
     def begin_step(self, num_tokens: int) -> None:
         """Before the first layer of a step, whose layers have at most num_tokens tokens."""
 

@@ -16,6 +16,11 @@ class GroupPool(DevicePool):
         self._group = group
         self._counted_before = self._expert_tokens.clone()
 
+    def prepare(self) -> int:
+        """See DevicePool: the group's generation. Raises as ParallelPool.prepare."""
+        self._group.prepare()
+        return self._group.generation
+
     def begin_step(self, num_tokens: int) -> None:
         """See DevicePool: the workers are told."""
         self._counted_before.copy_(self._expert_tokens)

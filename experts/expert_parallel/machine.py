@@ -60,15 +60,6 @@ def check_versions(driver: int, runtime: int) -> None:
         )
 
 
-def plan_devices(num_gpus: int, num_workers: int) -> tuple[torch.device, ...]:
-    """The GPU of each worker, where the engine is on the first one: one each, the engine's only if there is no other.
-
-    More workers than GPUs share them, which is for tests: their kernels take turns.
-    """
-    first = 1 if num_gpus > num_workers else 0
-    return tuple(torch.device("cuda", (first + worker) % num_gpus) for worker in range(num_workers))
-
-
 def check_peers(library: Library, devices: Sequence[int]) -> None:
     """Raise ConfigError unless every one of these GPUs can write into every other one's memory."""
     for device in devices:

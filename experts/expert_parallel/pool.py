@@ -13,6 +13,7 @@ import logging
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,7 +47,8 @@ class NoWorkers(BaristaError):
 class GroupConfig:
     """engine: the device of the trunk; workers: that of each worker. max_tokens: of one step.
 
-    timeout: seconds that a layer waits for a rank. threads: of each worker's host side.
+    timeout: seconds that a layer waits for a rank. threads: of each worker's host side. unfit: CUDA indices of GPUs
+    that must not be used any more.
     """
 
     engine: torch.device
@@ -56,6 +58,7 @@ class GroupConfig:
     wire: Literal["values", "fp8"] = "values"
     combine: Literal["exact", "partial"] = "exact"
     threads: int = 1
+    unfit: Callable[[], Collection[int]] = frozenset
 
 
 def padded_tokens(num_tokens: int) -> int:
@@ -112,6 +115,16 @@ class ParallelPool:
                 worker.tell({"do": "step", "tokens": tokens})
             except WorkerLost as lost:
                 self._lost_in_step = str(lost)
+
+    def prepare(self) -> None:
+        """Leave the workers whose GPUs have become unfit. Between two steps. Raises NoWorkers if no others are left."""
+        unfit = self._config.unfit()
+        left = [worker for worker, device in self._workers if device.index in unfit]
+        for worker in left:
+            log.warning("%s is left: its GPU must not be used any more.", worker.name)
+            self._drop(worker)
+        if left:
+            self._make_group()
 
     def dispatch(self, batch: DispatchBatch) -> Ticket:
         """See experts.pool.Transport."""

@@ -8,7 +8,7 @@ Orders come as lines of JSON on the standard input, answers go to the standard o
     {"do": "step", "tokens": n}                                             no answer; windows tell the rest
 
 Every answer says what it is to, in "do"; the first one, to "start", comes unasked. Whatever fails is answered by
-{"error", "remedy"}, and the worker waits for the next order.
+{"error", "remedy"}, and the worker waits for the next order; but where a step fails, it ends.
 """
 
 from __future__ import annotations
@@ -144,6 +144,8 @@ def main() -> None:
             answer = {"error": error.message, "remedy": error.remedy}
         except Exception as error:
             log.exception("an order could not be carried out")
+            if order["do"] == "step":  # its peers wait for it; its death is what they notice soonest
+                os._exit(1)
             answer = {"error": f"{type(error).__name__}: {error}", "remedy": "The worker's log says more."}
         if answer is not None:
             _write({"do": order["do"]} | answer)

@@ -11,7 +11,7 @@ import torch
 from barista.machine import available_memory
 from barista.trust import Trust
 from experts.checkpoint import Checkpoint
-from experts.expert_parallel.machine import plan_devices
+from experts.expert_parallel.gpus import Fitness, choose_gpus, visible_uuids
 from experts.expert_parallel.pool import GroupConfig
 from experts.formats import Holding
 from experts.numerics import device_numerics_id, numerics_id
@@ -67,7 +67,10 @@ def load_on_cuda(
 ) -> Loaded:
     """The model on one GPU, or its experts on workers. Raises BaristaError."""
     held = on_device(held)
-    group = _group_config(config, device)
+    group = _group_config(config) if config.gpu_workers else None
+    if group is not None:
+        device = group.engine
+        torch.cuda.set_device(device)
     spec = model_spec(checkpoint.config)
     require_room_on_device(checkpoint, spec, held, torch.cuda.mem_get_info(device)[0], with_experts=group is None)
     dtype = getattr(torch, held.dtype)
@@ -80,13 +83,15 @@ def load_on_cuda(
     return Loaded(model, device_numerics_id(device, dtype, held.format), free, kv_budget(free, total, wanted))
 
 
-def _group_config(config: EngineConfig, device: torch.device) -> GroupConfig | None:
-    if not config.gpu_workers:
-        return None
+def _group_config(config: EngineConfig) -> GroupConfig:
+    """The GPUs of the engine and its workers, watched from now on."""
+    uuids = visible_uuids()
+    gpus = choose_gpus(uuids, config.gpu_workers)
     return GroupConfig(
-        engine=device,
-        workers=plan_devices(torch.cuda.device_count(), config.gpu_workers),
+        engine=torch.device("cuda", gpus.engine),
+        workers=tuple(torch.device("cuda", gpu) for gpu in gpus.workers),
         max_tokens=max(config.max_num_batched_tokens, padded_rows(config.max_num_seqs)),
+        unfit=Fitness(gpus.workers, uuids).unfit,
     )
 
 

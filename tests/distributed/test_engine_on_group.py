@@ -36,9 +36,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def on_group(
-    directory: Path, workers: int, timeout: float = 30.0, **changes: object
+    directory: Path,
+    workers: tuple[torch.device, ...],
+    timeout: float = 30.0,
+    unfit: Callable[[], set[int]] = set,
+    **changes: object,
 ) -> Iterator[tuple[Model, GroupPool]]:
-    config = GroupConfig(engine=CPU, workers=(CPU,) * workers, max_tokens=BUDGET, timeout=timeout)
+    config = GroupConfig(engine=CPU, workers=workers, max_tokens=BUDGET, timeout=timeout, unfit=unfit)
     model = device_model(directory, group=config, **changes)
     assert isinstance(model.pool, GroupPool)
     try:
@@ -63,7 +67,7 @@ def stepping(model: Model, before_step: Callable[[int], object]) -> tuple[Record
 @pytest.mark.parametrize("capture", [None, run_again], ids=["by kernel", "captured"])
 def test_the_answers_are_those_of_an_engine_with_its_own_experts(directory: Path, capture) -> None:
     wanted = answer(engine_on(load_model(open_checkpoint(directory), torch.float32)), SUBMITS)
-    with on_group(directory, 2, capture=capture) as (model, _):
+    with on_group(directory, (CPU,) * 2, capture=capture) as (model, _):
         ours, _ = stepping(model, lambda step: None)
     assert ours.tokens == wanted.tokens
     assert ours.finished == wanted.finished
@@ -72,7 +76,10 @@ def test_the_answers_are_those_of_an_engine_with_its_own_experts(directory: Path
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_worker_costs_no_token_and_no_count(directory: Path, how: signal.Signals) -> None:
-    with on_group(directory, 3, timeout=30.0 if how == signal.SIGKILL else 0.5, capture=run_again) as (model, pool):
+    with on_group(directory, (CPU,) * 3, timeout=30.0 if how == signal.SIGKILL else 0.5, capture=run_again) as (
+        model,
+        pool,
+    ):
         wanted, counts = stepping(model, lambda step: None)
         before = torch.tensor(counts)
         lost = []
@@ -91,8 +98,20 @@ def test_a_lost_worker_costs_no_token_and_no_count(directory: Path, how: signal.
     assert torch.equal(torch.tensor(counts), 2 * before)
 
 
+def test_a_worker_whose_gpu_falls_ill_is_left_between_two_steps(directory: Path) -> None:
+    unfit: set[int] = set()
+    devices = CPU, torch.device("cpu", 0), CPU  # of three workers, one has a device with an index
+    with on_group(directory, devices, capture=run_again, unfit=lambda: unfit) as (model, pool):
+        wanted, _ = stepping(model, lambda step: None)
+        before = pool.worker_pids
+        ours, _ = stepping(model, lambda step: unfit.update({0} if step == 4 else ()))
+        assert pool.worker_pids == (before[0], before[2])
+    assert ours.tokens == wanted.tokens
+    assert not ours.failed
+
+
 def test_fp8_experts_are_packed_once_and_read_by_every_worker(directory: Path) -> None:
     alone = answer(engine_on(device_model(directory, weight_format="fp8"), budget=BUDGET), SUBMITS)
-    with on_group(directory, 2, weight_format="fp8") as (model, _):
+    with on_group(directory, (CPU,) * 2, weight_format="fp8") as (model, _):
         ours, _ = stepping(model, lambda step: None)
     assert ours.tokens == alone.tokens

@@ -13,8 +13,9 @@ import torch
 
 pytest.importorskip("msgspec", reason="the engine's packages are not installed: pip install msgspec")
 
+from experts.expert_parallel.gpus import choose_gpus, visible_uuids
 from experts.expert_parallel.group_pool import GroupPool
-from experts.expert_parallel.machine import check_peers, cuda_library, plan_devices
+from experts.expert_parallel.machine import check_peers, cuda_library
 from experts.expert_parallel.pool import GroupConfig
 from router.model.load import Model
 from tests import tiny
@@ -43,7 +44,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def on_group(directory: Path, dtype: torch.dtype, workers: int) -> Iterator[tuple[Model, GroupPool]]:
-    devices = plan_devices(torch.cuda.device_count(), workers)
+    devices = tuple(torch.device("cuda", gpu) for gpu in choose_gpus(visible_uuids(), workers).workers)
     model = device_model(directory, dtype, GPU, group=GroupConfig(engine=GPU, workers=devices, max_tokens=BUDGET))
     assert isinstance(model.pool, GroupPool)
     try:

@@ -41,6 +41,7 @@ class DeviceTrunk:
         self._layers = [DeviceLayer(spec, index, load, pool) for index in range(spec.num_layers)]
         self._pool, self._capture = pool, capture
         self._graphed: tuple[Tensor, GraphedDecode] | None = None
+        self._generation = 0  # of the pool for which they were captured
 
     def allocate_cache(self, num_blocks: int, block_size: int) -> Tensor:
         """See router.kv_cache.storage.allocate_device_cache."""
@@ -52,11 +53,16 @@ class DeviceTrunk:
         Returns, on the CPU, logits [num_samples, vocab] float32 and failed [num_tokens] bool, as Trunk.forward. A step
         in which a worker was lost is computed again, and writes the same slots again.
         """
+        pool = self._pool
+        if pool is None:
+            return self._step(batch, cache, step)
         while True:
+            generation = pool.prepare()
+            if generation != self._generation:
+                self._generation, self._graphed = generation, None
             outputs = self._step(batch, cache, step)
-            if self._pool is None or self._pool.settle():
+            if pool.settle():
                 return outputs
-            self._graphed = None  # the addresses of what was lost are part of the graphs
 
     def _step(self, batch: Batch, cache: Tensor, step: int) -> tuple[Tensor, Tensor]:
         num_seqs = len(batch.block_tables)
