@@ -14,7 +14,8 @@ import torch
 
 from experts import kernels
 from experts.checkpoint import open_checkpoint
-from experts.device.experts import DeviceExperts, grouped_product, has_grouped_product, looped_product
+from experts.device.experts import DeviceExperts
+from experts.device.products import grouped_product, has_grouped_product, looped_product
 from experts.device.stacks import stack
 from experts.kernels.expert_table import ExpertWeights
 from experts.kernels.weight import Fp8Weight, encode_fp8

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts import kernels
-from experts.device.experts import DeviceExperts, grouped_product, has_grouped_product, looped_product
+from experts.device.experts import DeviceExperts
+from experts.device.products import grouped_product, has_grouped_product, looped_product
 from experts.device.stacks import stack
 from experts.formats import INT8
 from experts.kernels.expert_table import ExpertWeights

@@ -1,0 +1,134 @@
+"""Chooses a product for a layer's experts by timing those that the device offers, on the layer's own weights."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experts.device.choice import Case, Choice, Timings, kept_choice
+from experts.device.products import Product, contenders, last_resort
+from experts.device.stacks import Stack
+
+log = logging.getLogger(__name__)
+
+ROW_COUNTS = (8, 128, 1024, 8192)  # of 1, 16, 128 and 1024 tokens that choose eight experts each
+_REPEATS = 7
+
+_choices: dict[Case, Choice | None] = {}  # of this process: the other layers take what the first one has found
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """choice: among the names of `products`."""
+
+    products: dict[str, Product]
+    choice: Choice
+
+    def __call__(self, num_rows: int) -> Product:
+        """The one for so many rows."""
+        return self.products[self.choice.name(num_rows)]
+
+    @property
+    def capturable(self) -> bool:
+        """Whether all that may be taken are."""
+        return all(self.products[name].capturable for name in self.choice.names)
+
+
+def products_for(gate_up: Stack, down: Stack, device: torch.device, dtype: torch.dtype) -> Products:
+    """The products of a layer whose rows are in dtype. On a GPU they are timed once for each machine and kind of layer.
+
+    One that fails there is not taken, and a warning says why.
+    """
+    offered = contenders(device, dtype, (gate_up, down))
+    resort = last_resort(device, dtype, (gate_up, down))
+    named = {product.name: product for product in (*offered, resort)}
+    if device.type == "cuda" and offered:
+        choice = _timed_choice(offered, gate_up, down, device, dtype)
+    else:
+        choice = Choice((offered[0].name,)) if offered else None
+    return Products(named, choice or Choice((resort.name,)))
+
+
+def _timed_choice(
+    offered: Sequence[Product], gate_up: Stack, down: Stack, device: torch.device, dtype: torch.dtype
+) -> Choice | None:
+    case = Case(
+        device=torch.cuda.get_device_name(device),
+        torch=torch.__version__,
+        triton=getattr(sys.modules.get("triton"), "__version__", ""),
+        hidden=down.out_features,
+        intermediate=down.values.shape[2],
+        weights=f"{gate_up.values.dtype}, {down.values.dtype}",
+        rows=str(dtype),
+    )
+    if case not in _choices:
+        named = {product.name: product for product in offered}
+        layer = _Layer(gate_up, down, device, dtype)
+        with torch.cuda.device(device):
+            _choices[case] = kept_choice(
+                case,
+                works=lambda name: name in named and layer.seconds(named[name], 1) is not None,
+                measure=lambda: layer.timings(offered),
+            )
+            torch.cuda.empty_cache()
+        log.info("experts %s: %s", case, _choices[case])
+    return _choices[case]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    gate_up: Stack
+    down: Stack
+    device: torch.device
+    dtype: torch.dtype
+
+    def timings(self, products: Sequence[Product]) -> Timings:
+        """Of each product, from few rows to many until it fails: more rows take more memory."""
+        timings: dict[str, dict[int, float]] = {product.name: {} for product in products}
+        for product in products:
+            for count in ROW_COUNTS:
+                seconds = self.seconds(product, count)
+                if seconds is None:
+                    break
+                timings[product.name][count] = seconds
+        return timings
+
+    def seconds(self, product: Product, num_rows: int) -> float | None:
+        """Of one call, for rows that are spread evenly. None, and a warning, where the product fails."""
+        num_experts, _, hidden = self.gate_up.values.shape
+        rows = torch.randn(num_rows, hidden, device=self.device).to(self.dtype)
+        ends = even_ends(num_rows, num_experts).to(self.device)
+        try:
+            return graph_seconds(lambda: product.layer(rows, self.gate_up, self.down, ends))
+        except Exception as error:  # noqa: BLE001  # of Triton, of the compilers that it calls, of the driver; no memory
+            log.warning("experts are not computed by %r for %d rows: %s", product.name, num_rows, error)
+            return None
+
+
+def even_ends(num_rows: int, num_experts: int) -> Tensor:
+    """Where each expert's rows end, [num_experts] int32, if each has its share or the share's neighbour."""
+    return (torch.arange(1, num_experts + 1) * num_rows // num_experts).int()
+
+
+def graph_seconds(work: Callable[[], object]) -> float:
+    """Of the work in a CUDA graph, as decode steps run it: so what the host needs to launch it does not count."""
+    work()  # compiles, and takes what a graph may not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    graph.replay()
+    times = []
+    for _ in range(_REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(float(begin.elapsed_time(end)) * 1e-3)
+    return statistics.median(times)
