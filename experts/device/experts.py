@@ -17,7 +17,8 @@ class DeviceExperts:
 
     weights: gate [intermediate, hidden], up [intermediate, hidden] and down [hidden, intermediate] of each expert, in
     their order here; all of one shape. They are copied to the device and held in dtype, or in FP8 if all are FP8.
-    dtype: of the rows. Raises ValueError for experts of different shapes, or none.
+    dtype: of the rows. products: what computes how many rows. Raises ValueError for experts of different shapes, or
+    none.
     """
 
     def __init__(self, weights: Sequence[ExpertWeights], *, device: torch.device, dtype: torch.dtype) -> None:
@@ -27,12 +28,12 @@ class DeviceExperts:
         self._down = stack([(down,) for _, _, down in weights], device, dtype)
         self.hidden_size, self.intermediate_size = weights[0][2].shape
         self.nbytes = self._gate_up.nbytes + self._down.nbytes
-        self._products = products_for(self._gate_up, self._down, device, dtype)
+        self.products = products_for(self._gate_up, self._down, device, dtype)
 
     @property
     def capturable(self) -> bool:
         """Whether a call may be part of a CUDA graph: it never waits for the host."""
-        return self._products.capturable
+        return self.products.capturable
 
     def __call__(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Expert e computes rows ends[e - 1] to ends[e], the first one from 0.
@@ -40,4 +41,4 @@ class DeviceExperts:
         rows: [num_rows, hidden] in dtype, contiguous. ends: [num_experts] int32, ascending, on the device. Returns
         [num_rows, hidden]; what comes back for rows from ends[-1] on is undefined.
         """
-        return self._products(len(rows)).layer(rows, self._gate_up, self._down, ends)
+        return self.products(len(rows)).layer(rows, self._gate_up, self._down, ends)

@@ -23,6 +23,62 @@ _REPEATS = 7
 _choices: dict[Case, Choice | None] = {}  # of this process: the other layers take what the first one has found
 
 
+def even_ends(num_rows: int, num_experts: int) -> Tensor:
+    """Where each expert's rows end, [num_experts] int32, if each has its share or the share's neighbour."""
+    return (torch.arange(1, num_experts + 1) * num_rows // num_experts).int()
+
+
+def graph_seconds(work: Callable[[], object]) -> float:
+    """Of the work in a CUDA graph, as decode steps run it: so what the host needs to launch it does not count."""
+    work()  # compiles, and takes what a graph may not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    graph.replay()
+    times = []
+    for _ in range(_REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(float(begin.elapsed_time(end)) * 1e-3)
+    return statistics.median(times)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTimer:
+    """Times products on a layer. dtype: of the rows. clock: from work to its seconds."""
+
+    gate_up: Stack
+    down: Stack
+    device: torch.device
+    dtype: torch.dtype
+    clock: Callable[[Callable[[], object]], float] = graph_seconds
+
+    def timings(self, products: Sequence[Product]) -> Timings:
+        """Of each product, from few rows to many until it fails: more rows take more memory."""
+        timings: dict[str, dict[int, float]] = {product.name: {} for product in products}
+        for product in products:
+            for count in ROW_COUNTS:
+                seconds = self.seconds(product, count)
+                if seconds is None:
+                    break
+                timings[product.name][count] = seconds
+        return timings
+
+    def seconds(self, product: Product, num_rows: int) -> float | None:
+        """Of one call, for rows that are spread evenly. None, and a warning, where the product fails."""
+        num_experts, _, hidden = self.gate_up.values.shape
+        ends = even_ends(num_rows, num_experts).to(self.device)
+        try:
+            rows = torch.randn(num_rows, hidden, dtype=self.dtype, device=self.device)
+            return self.clock(lambda: product.layer(rows, self.gate_up, self.down, ends))
+        except Exception as error:  # noqa: BLE001  # of Triton, of the compilers that it calls, of the driver; no memory
+            log.warning("experts are not computed by %r for %d rows: %s", product.name, num_rows, error)
+            return None
+
+
 @dataclass(frozen=True, slots=True)
 class Products:
     """choice: among the names of `products`."""
@@ -69,66 +125,13 @@ def _timed_choice(
     )
     if case not in _choices:
         named = {product.name: product for product in offered}
-        layer = _Layer(gate_up, down, device, dtype)
+        timer = LayerTimer(gate_up, down, device, dtype)
         with torch.cuda.device(device):
             _choices[case] = kept_choice(
                 case,
-                works=lambda name: name in named and layer.seconds(named[name], 1) is not None,
-                measure=lambda: layer.timings(offered),
+                works=lambda name: name in named and timer.seconds(named[name], 1) is not None,
+                measure=lambda: timer.timings(offered),
             )
             torch.cuda.empty_cache()
         log.info("experts %s: %s", case, _choices[case])
     return _choices[case]
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    gate_up: Stack
-    down: Stack
-    device: torch.device
-    dtype: torch.dtype
-
-    def timings(self, products: Sequence[Product]) -> Timings:
-        """Of each product, from few rows to many until it fails: more rows take more memory."""
-        timings: dict[str, dict[int, float]] = {product.name: {} for product in products}
-        for product in products:
-            for count in ROW_COUNTS:
-                seconds = self.seconds(product, count)
-                if seconds is None:
-                    break
-                timings[product.name][count] = seconds
-        return timings
-
-    def seconds(self, product: Product, num_rows: int) -> float | None:
-        """Of one call, for rows that are spread evenly. None, and a warning, where the product fails."""
-        num_experts, _, hidden = self.gate_up.values.shape
-        rows = torch.randn(num_rows, hidden, device=self.device).to(self.dtype)
-        ends = even_ends(num_rows, num_experts).to(self.device)
-        try:
-            return graph_seconds(lambda: product.layer(rows, self.gate_up, self.down, ends))
-        except Exception as error:  # noqa: BLE001  # of Triton, of the compilers that it calls, of the driver; no memory
-            log.warning("experts are not computed by %r for %d rows: %s", product.name, num_rows, error)
-            return None
-
-
-def even_ends(num_rows: int, num_experts: int) -> Tensor:
-    """Where each expert's rows end, [num_experts] int32, if each has its share or the share's neighbour."""
-    return (torch.arange(1, num_experts + 1) * num_rows // num_experts).int()
-
-
-def graph_seconds(work: Callable[[], object]) -> float:
-    """Of the work in a CUDA graph, as decode steps run it: so what the host needs to launch it does not count."""
-    work()  # compiles, and takes what a graph may not
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    graph.replay()
-    times = []
-    for _ in range(_REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(float(begin.elapsed_time(end)) * 1e-3)
-    return statistics.median(times)

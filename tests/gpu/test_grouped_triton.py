@@ -62,7 +62,7 @@ LENGTHS = st.lists(st.integers(0, 20), min_size=NUM_EXPERTS, max_size=NUM_EXPERT
 
 
 @formats
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(lengths=LENGTHS, padding=st.integers(0, 3))
 def test_any_lengths(form: str, lengths: list[int], padding: int) -> None:
     weights = held(form, NUM_EXPERTS, (96,), 160)
@@ -73,7 +73,7 @@ def test_any_lengths(form: str, lengths: list[int], padding: int) -> None:
 
 
 @formats
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(lengths=LENGTHS)
 def test_gate_and_up_at_once(form: str, lengths: list[int]) -> None:
     weights = held(form, NUM_EXPERTS, (80, 80), 160)
@@ -104,17 +104,17 @@ def test_widths_and_heights_that_fill_no_tile(form: str, width: int, height: int
 
 
 @formats
-def test_no_rows_at_all(form: str) -> None:
-    rows, ends = rows_of([0, 0, 0], 0, 128)
-    assert triton_product(rows, held(form, 3, (64,), 128), ends).shape == (0, 64)
+@pytest.mark.parametrize("num_experts", [1, 2, 33])
+def test_any_number_of_experts(form: str, num_experts: int) -> None:
+    weights = held(form, num_experts, (64,), 128)
+    rows, ends = rows_of([3] * num_experts, 0, 128)
+    assert_equal_to_rounding(triton_product(rows, weights, ends), looped_product(rows, weights, ends))
 
 
 @formats
-def test_rows_past_the_last_end_are_not_written(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = held(form, 3, (64,), 128)
-    rows, ends = rows_of([1, 0, 2], 5, 128)
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda like, *shape: like.new_full(shape, 7.0))
-    assert (triton_product(rows, weights, ends)[3:] == 7).all()
+def test_no_rows_at_all(form: str) -> None:
+    rows, ends = rows_of([0, 0, 0], 0, 128)
+    assert triton_product(rows, held(form, 3, (64,), 128), ends).shape == (0, 64)
 
 
 @formats
