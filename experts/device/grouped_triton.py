@@ -18,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from experts.device.stacks import Fp8Stack, Stack
-from experts.device.tiles import STEP_BYTES, Tiles, most_tiles, tiles_for
+from experts.device.tiles import STEP_BYTES, Tiles, all_tiles, most_tiles, tiles_for
 from experts.formats.formats import FP8_BLOCK
 
+_EXPERTS = 256  # the least that a kernel is compiled for: it also does for fewer, so that experts may come and go
 _SCALE_COLUMNS = tl.constexpr(FP8_BLOCK)
 _GROUP = tl.constexpr(8)  # row tiles of an expert that walk its weights together: what they share stays in L2
 
@@ -41,6 +42,17 @@ def triton_gated_product(rows: Tensor, weights: Stack, ends: Tensor, *, tiles: T
     return _launch(rows, weights, ends, tiles, gated=True)
 
 
+def compile_products(rows: Tensor, gate_up: Stack, down: Stack, ends: Tensor) -> None:
+    """Compile all that both products of a layer may need for any number of rows, or of experts up to _EXPERTS.
+
+    So nothing is compiled while others wait for a step. rows: [1, hidden].
+    """
+    for tiles in all_tiles(fp8=isinstance(gate_up, Fp8Stack)):
+        triton_gated_product(rows, gate_up, ends, tiles=tiles)
+    for tiles in all_tiles(fp8=isinstance(down, Fp8Stack)):
+        triton_product(rows.new_zeros(1, down.values.shape[2]), down, ends, tiles=tiles)
+
+
 def _launch(rows: Tensor, weights: Stack, ends: Tensor, tiles: Tiles | None, *, gated: bool) -> Tensor:
     num_rows, num_experts = len(rows), len(ends)
     fp8 = isinstance(weights, Fp8Stack)
@@ -58,7 +70,7 @@ def _launch(rows: Tensor, weights: Stack, ends: Tensor, tiles: Tiles | None, *, 
             ends,
             out,
             num_experts,
-            EXPERTS=triton.next_power_of_2(num_experts),
+            EXPERTS=max(_EXPERTS, triton.next_power_of_2(num_experts)),
             WIDTH=rows.shape[1],
             HEIGHT=height,
             GATED=gated,
@@ -73,7 +85,7 @@ def _launch(rows: Tensor, weights: Stack, ends: Tensor, tiles: Tiles | None, *, 
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts"])
 def _product(
     rows_ptr: tl.tensor, values_ptr: tl.tensor, scales_ptr: tl.tensor, ends_ptr: tl.tensor, out_ptr: tl.tensor,
     num_experts: tl.tensor, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, HEIGHT: tl.constexpr, GATED: tl.constexpr,

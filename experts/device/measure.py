@@ -7,6 +7,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 ROW_COUNTS = (8, 128, 1024, 8192)  # of 1, 16, 128 and 1024 tokens that choose eight experts each
 _REPEATS = 7
+Result = TypeVar("Result")
 
 _choices: dict[Case, Choice | None] = {}  # of this process: the other layers take what the first one has found
 
@@ -57,23 +59,41 @@ class LayerTimer:
     clock: Callable[[Callable[[], object]], float] = graph_seconds
 
     def timings(self, products: Sequence[Product]) -> Timings:
-        """Of each product, from few rows to many until it fails: more rows take more memory."""
+        """Of each product that works, from few rows to many until it fails: more rows take more memory."""
         timings: dict[str, dict[int, float]] = {product.name: {} for product in products}
-        for product in products:
+        for product in filter(self.works, products):
             for count in ROW_COUNTS:
-                seconds = self.seconds(product, count)
+                seconds = self._seconds(product, count)
                 if seconds is None:
                     break
                 timings[product.name][count] = seconds
         return timings
 
-    def seconds(self, product: Product, num_rows: int) -> float | None:
-        """Of one call, for rows that are spread evenly. None, and a warning, where the product fails."""
+    def works(self, product: Product) -> bool:
+        """Whether it computes one row. What it needs for any other number has been compiled then."""
+
+        def compute(rows: Tensor, ends: Tensor) -> bool:
+            if product.compile:
+                product.compile(rows, self.gate_up, self.down, ends)
+            product.layer(rows, self.gate_up, self.down, ends)
+            return True
+
+        return self._try(product, 1, compute) is not None
+
+    def _seconds(self, product: Product, num_rows: int) -> float | None:
+        """Of one call, for rows that are spread evenly. None where the product fails."""
+
+        def time(rows: Tensor, ends: Tensor) -> float:
+            return self.clock(lambda: product.layer(rows, self.gate_up, self.down, ends))
+
+        return self._try(product, num_rows, time)
+
+    def _try(self, product: Product, num_rows: int, run: Callable[[Tensor, Tensor], Result]) -> Result | None:
+        """What comes of so many rows and their ends. None, and a warning, where that fails."""
         num_experts, _, hidden = self.gate_up.values.shape
         ends = even_ends(num_rows, num_experts).to(self.device)
         try:
-            rows = torch.randn(num_rows, hidden, dtype=self.dtype, device=self.device)
-            return self.clock(lambda: product.layer(rows, self.gate_up, self.down, ends))
+            return run(torch.randn(num_rows, hidden, dtype=self.dtype, device=self.device), ends)
         except Exception as error:  # noqa: BLE001  # of Triton, of the compilers that it calls, of the driver; no memory
             log.warning("experts are not computed by %r for %d rows: %s", product.name, num_rows, error)
             return None
@@ -129,7 +149,7 @@ def _timed_choice(
         with torch.cuda.device(device):
             _choices[case] = kept_choice(
                 case,
-                works=lambda name: name in named and timer.seconds(named[name], 1) is not None,
+                works=lambda name: name in named and timer.works(named[name]),
                 measure=lambda: timer.timings(offered),
             )
             torch.cuda.empty_cache()

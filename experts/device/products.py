@@ -29,13 +29,15 @@ _AMPERE, _ADA, _HOPPER = (8, 0), (8, 9), (9, 0)
 @dataclass(frozen=True, slots=True)
 class Product:
     """name: as people and the cache know it. gated: rows by a stack of gate above up, then silu(gate) * up.
-    plain: rows by a stack. capturable: neither waits for the host.
+    plain: rows by a stack. capturable: neither waits for the host. compile: all that the layer of (row [1, hidden],
+    gate_up, down, ends) may need with other rows or experts; None: there is nothing to compile.
     """
 
     name: str
     gated: Callable[[Tensor, Stack, Tensor], Tensor]
     plain: Callable[[Tensor, Stack, Tensor], Tensor]
     capturable: bool
+    compile: Callable[[Tensor, Stack, Stack, Tensor], None] | None = None
 
     def layer(self, rows: Tensor, gate_up: Stack, down: Stack, ends: Tensor) -> Tensor:
         """down(silu(gate(x)) * up(x)) of each expert's rows."""
@@ -73,11 +75,11 @@ GROUPED = Product("grouped", _then_gated(grouped_product), grouped_product, capt
 def triton_kernel() -> Product | None:
     """The kernel of grouped_triton. None, and a warning once, where triton is missing or does not load."""
     try:
-        from experts.device.grouped_triton import triton_gated_product, triton_product
+        from experts.device.grouped_triton import compile_products, triton_gated_product, triton_product
     except (ImportError, OSError) as error:
         log.warning("experts are computed without Triton: %s", error)
         return None
-    return Product("triton", triton_gated_product, triton_product, capturable=True)
+    return Product("triton", triton_gated_product, triton_product, capturable=True, compile=compile_products)
 
 
 def has_grouped_product(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> bool:

@@ -34,14 +34,20 @@ MANY = Tiles(rows=128, out=128, stages=3, warps=8)
 MANY_FP8 = Tiles(rows=64, out=128, stages=3, warps=8)
 
 
+def all_tiles(*, fp8: bool) -> tuple[Tiles, Tiles, Tiles]:
+    """Every way to cut products by weights of that kind, from few rows to many."""
+    return FEW, SOME, MANY_FP8 if fp8 else MANY
+
+
 def tiles_for(num_rows: int, num_experts: int, *, fp8: bool) -> Tiles:
     """By an even share of the rows: what each expert really gets is known to the device alone.
 
     The smallest tile that holds twice the share, since choices are uneven: an expert whose rows do not fit reads its
     weights again, from the L2 cache.
     """
+    few, some, many = all_tiles(fp8=fp8)
     share = num_rows / num_experts
-    return next((tiles for tiles in (FEW, SOME) if 2 * share <= tiles.rows), MANY_FP8 if fp8 else MANY)
+    return next((tiles for tiles in (few, some) if 2 * share <= tiles.rows), many)
 
 
 def most_tiles(num_rows: int, num_experts: int, rows: int) -> int:

@@ -18,7 +18,7 @@ from experts.kernels.reference import silu_mul
 from experts.kernels.weight import Fp8Weight, Weight, encode_fp8
 
 pytest.importorskip("triton", reason="triton is not installed: CUDA builds of torch bring it")
-from experts.device.grouped_triton import triton_gated_product, triton_product
+from experts.device.grouped_triton import _product, compile_products, triton_gated_product, triton_product
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda", 0)
@@ -126,6 +126,22 @@ def test_a_row_has_the_same_bytes_whatever_the_others_are(form: str) -> None:
     for product in (triton_product, triton_gated_product):
         one = product(alone, weights, ends, tiles=SOME)[0]
         assert torch.equal(product(among, weights, more_ends, tiles=SOME)[14 + 21], one)
+
+
+@formats
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_once_compiled_for_one_row_any_rows_and_experts_compile_nothing_more(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heights, width = (320, 320), 448  # of this test alone
+    ends = torch.tensor([0, 1, 1], dtype=torch.int32, device=DEVICE)
+    compile_products(rows_of([1], 0, width)[0], held(form, 3, heights, width), held(form, 3, (width,), 320), ends)
+    monkeypatch.setattr(type(_product), "_do_compile", lambda *_: pytest.fail("a kernel was compiled"))
+    for num_experts in (1, 2, 16, 33):
+        weights = held(form, num_experts, heights, width)
+        for length in (1, 20, 200):
+            rows, more_ends = rows_of([length] * num_experts, 0, width)
+            triton_gated_product(rows, weights, more_ends)
 
 
 @formats

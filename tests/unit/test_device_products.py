@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,15 @@ def test_a_product_that_fails_is_timed_up_to_there_and_named(caplog: pytest.LogC
     timings = timer.timings([failing_from(1000), LOOP])
     assert timings == {"failing": {8: 1.0, 128: 1.0}, "loop": dict.fromkeys(ROW_COUNTS, 1.0)}
     assert [record.getMessage() for record in caplog.records if "'failing' for 1024 rows" in record.getMessage()]
+
+
+def test_a_product_that_does_not_compile_is_not_timed() -> None:
+    def compile_products(rows: torch.Tensor, gate_up: Stack, down: Stack, ends: torch.Tensor) -> None:
+        raise RuntimeError("no C compiler")
+
+    broken = replace(LOOP, name="broken", compile=compile_products)
+    timings = LayerTimer(*stacks(fp8=False), CPU, torch.bfloat16, one_second).timings([broken, LOOP])
+    assert timings == {"broken": {}, "loop": dict.fromkeys(ROW_COUNTS, 1.0)}
 
 
 @given(num_rows=st.integers(0, 10_000), num_experts=st.integers(1, 300))
