@@ -1,7 +1,8 @@
-"""Products of rows that are sorted by expert, in Triton. Weights are read as they lie, in bf16 or FP8.
+"""Products of rows that are sorted by expert, in Triton. Weights are read as they lie, in the rows' dtype or in FP8.
 
-out[row] = weights[expert of row] @ row, summed in float32 and rounded once to bf16. FP8 values go to bf16, which holds
-each of them exactly, and every 128 columns' sum is scaled in float32: nothing is dequantised to memory.
+out[row] = weights[expert of row] @ row, summed in float32 and rounded once to the rows' dtype, bfloat16 or float16.
+Both hold every FP8 value exactly, so FP8 is multiplied as it is, and the sum of each 128 columns is scaled in float32:
+nothing is dequantised to memory.
 
 A row's bytes depend on its input, its expert and the tiles (tiles.py), not on the other rows: k is walked in one order
 by one program, without atomics, and a row is a column of the product that no other column touches.
@@ -27,9 +28,10 @@ _GROUP = tl.constexpr(8)  # row tiles of an expert that walk its weights togethe
 
 
 def triton_product(rows: Tensor, weights: Stack, ends: Tensor, *, tiles: Tiles | None = None) -> Tensor:
-    """Each expert's rows by its matrix. rows: [num_rows, in] bf16, contiguous; ends: as of DeviceExperts.
+    """Each expert's rows by its matrix. rows: [num_rows, in], contiguous; ends: as of DeviceExperts.
 
-    Returns [num_rows, out]; rows from ends[-1] on are undefined. tiles: those of the shapes, if not given.
+    Returns [num_rows, out] in the rows' dtype; rows from ends[-1] on are undefined. tiles: by default those of
+    tiles_for.
     """
     return _launch(rows, weights, ends, tiles, gated=False)
 
@@ -37,7 +39,7 @@ def triton_product(rows: Tensor, weights: Stack, ends: Tensor, *, tiles: Tiles |
 def triton_gated_product(rows: Tensor, weights: Stack, ends: Tensor, *, tiles: Tiles | None = None) -> Tensor:
     """silu(gate) * up of each expert's rows, where gate lies above up in its [2 * intermediate, in]. As triton_product.
 
-    Gate, up, silu and the product are each rounded to bf16, as in kernels.silu_mul. Returns [num_rows, intermediate].
+    Gate, up, silu and the product are each rounded, as in kernels.silu_mul. Returns [num_rows, intermediate].
     """
     return _launch(rows, weights, ends, tiles, gated=True)
 
@@ -139,7 +141,7 @@ def _add(
     if SCALE_ROWS:
         scale_at = scales_ptr + out // SCALE_ROWS * tl.cdiv(WIDTH, _SCALE_COLUMNS) + start // _SCALE_COLUMNS
         scale = tl.load(scale_at, mask=inside, other=0.0)
-        exact = weights.to(tl.float32).to(upright.dtype)  # straight to bf16 would be one slow instruction for each
+        exact = weights.to(tl.float32).to(upright.dtype)  # straight to bf16 is one slow instruction for each
         total += tl.dot(exact, upright) * scale[:, None]
     else:
         total = tl.dot(weights, upright, total)

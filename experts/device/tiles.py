@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-STEP_BYTES = 128  # of each row of weights in a step along k: 128 columns in FP8, which share a scale, or 64 in bf16
+STEP_BYTES = 128  # of each row of weights in a step along k: 128 columns in FP8, which share a scale, 64 of 16 bits
 
 
 @dataclass(frozen=True, slots=True)
