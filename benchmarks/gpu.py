@@ -19,11 +19,17 @@ import torch
 
 from benchmarks.gpu_bytes import Cycle, expert_layer_bytes
 from benchmarks.gpu_model import decode_steps, write_random_model
+from experts.device.choice import Choice
 from experts.device.experts import DeviceExperts
+from experts.device.measure import Products
+from experts.device.products import GROUPED
 from experts.expert_parallel.machine import cuda_library
 from experts.expert_parallel.memory import GpuMemory
 from experts.expert_parallel.rank import Rank, Ranks
 from experts.expert_parallel.shape import ExpertMap, GroupShape
+from experts.formats.formats import FP8_BLOCK
+from experts.kernels.expert_table import ExpertWeights
+from experts.kernels.weight import Fp8Weight, encode_fp8
 from experts.pool import DispatchBatch
 from experts.transport.device import DeviceTransport
 
@@ -183,24 +189,38 @@ def exchange_lines(clock: Clock, bandwidth: float, tokens: int) -> Iterator[Line
     everyone.close()
 
 
-def layer_lines(clock: Clock, bandwidth: float, num_experts: int) -> Iterator[Line]:
-    """One MoE layer of DeepSeek-V3's shape, all on this GPU, in bf16 by torch's grouped product."""
-    matrix = torch.randn(INTERMEDIATE, HIDDEN, device=GPU).bfloat16() * 0.02
-    weights = [(matrix, matrix, matrix.t().contiguous())] * num_experts  # each expert gets a copy of its own
-    experts = DeviceExperts(weights, device=GPU, dtype=torch.bfloat16)
-    transport = DeviceTransport({0: experts})
+def layer_weights(*, fp8: bool) -> ExpertWeights:
+    """Of one expert of DeepSeek-V3's shape. A layer copies them for each of its experts."""
+    matrices = [torch.randn(INTERMEDIATE, HIDDEN).bfloat16() * 0.02] * 2
+    matrices.append(matrices[0].t().contiguous())
+    gate, up, down = (Fp8Weight(*encode_fp8(matrix)) if fp8 else matrix for matrix in matrices)
+    return gate, up, down
+
+
+def layer_lines(clock: Clock, bandwidth: float, num_experts: int, *, fp8: bool) -> Iterator[Line]:
+    """One MoE layer of DeepSeek-V3's shape, all on this GPU, by each product that it offers.
+
+    "Chosen" is what a server takes. FP8 by torch's grouped product is dequantised whole each time; launching that takes
+    longer to capture than it costs, so it is launched.
+    """
+    experts = DeviceExperts([layer_weights(fp8=fp8)] * num_experts, device=GPU, dtype=torch.bfloat16)
+    transport, chosen = DeviceTransport({0: experts}), experts.products
+    weight_bytes = 1 + 4 / FP8_BLOCK**2 if fp8 else 2
     for tokens in (1, 16, 128, 1024):
         rows = torch.randn(tokens, HIDDEN, device=GPU).bfloat16()
         ids = torch.rand(tokens, num_experts, device=GPU).argsort(dim=1)[:, :TOP_K].to(torch.int32).contiguous()
         batch = DispatchBatch(0, 0, rows, ids, torch.rand(tokens, TOP_K, device=GPU))
-        distinct = int(ids.unique().numel())
-        nbytes = expert_layer_bytes(distinct, ids.numel(), HIDDEN, INTERMEDIATE, 2)
+        nbytes = expert_layer_bytes(int(ids.unique().numel()), ids.numel(), HIDDEN, INTERMEDIATE, weight_bytes)
 
         def layer(batch: DispatchBatch = batch) -> object:
             return transport.combine(transport.dispatch(batch))
 
-        timed = clock.in_a_graph if experts.capturable else clock.once
-        yield Line(f"MoE layer, {num_experts} experts, bf16", tokens, timed(layer), nbytes / bandwidth)
+        for name, product in chosen.products.items():
+            experts.products = Products({name: product}, Choice((name,)))
+            graph = product.capturable and not (fp8 and product is GROUPED)
+            mark = ", chosen" if name == chosen.choice.name(ids.numel()) else ""
+            what = f"MoE layer, {num_experts} experts, {'fp8' if fp8 else 'bf16'}, {name}{mark}"
+            yield Line(what, tokens, (clock.in_a_graph if graph else clock.once)(layer), nbytes / bandwidth)
 
 
 def model_lines(bandwidth: float) -> Iterator[Line]:
@@ -214,7 +234,7 @@ def model_lines(bandwidth: float) -> Iterator[Line]:
 def main() -> None:
     """Measure, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 2048], help="a rank, in one layer")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[128, 2048], help="a rank; none: no exchange")
     options = parser.parse_args()
     clock = Clock()
     bandwidth = copy_bandwidth(clock)
@@ -225,10 +245,11 @@ def main() -> None:
             lines.append(line)
     free = torch.cuda.mem_get_info()[0]
     needed = EXPERTS * 3 * HIDDEN * INTERMEDIATE * 2 * 1.2
-    for line in layer_lines(clock, bandwidth, EXPERTS if free > needed else EXPERTS // 4):
-        print(line, flush=True)
-        lines.append(line)
-    torch.cuda.empty_cache()
+    for fp8 in (False, True):
+        for line in layer_lines(clock, bandwidth, EXPERTS if free > needed else EXPERTS // 4, fp8=fp8):
+            print(line, flush=True)
+            lines.append(line)
+        torch.cuda.empty_cache()
     for line in model_lines(bandwidth):
         print(line, flush=True)
         lines.append(line)

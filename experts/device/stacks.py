@@ -1,10 +1,12 @@
 """One matrix of each expert of a layer, stacked on a device.
 
-`whole` is what a grouped product takes; `one` is what a loop over the experts takes.
+`whole` is what torch's grouped product takes, `one` what a loop over the experts takes; the Triton kernel takes them as
+they are held.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,9 +18,10 @@ from experts.kernels.weight import Fp8Weight, Weight
 
 
 class Stack(Protocol):
-    """num_experts matrices [out, in]. out_features: out."""
+    """num_experts matrices [out, in]. out_features: out. values: [num_experts, out, in] as held, contiguous."""
 
     out_features: int
+    values: Tensor
 
     def whole(self) -> Tensor:
         """All of them, [num_experts, out, in] in the rows' dtype."""
@@ -51,47 +54,51 @@ class PlainStack:
 
     def __init__(self, matrices: Matrices, device: torch.device, dtype: torch.dtype) -> None:
         num_experts, self.out_features, width = _shape(matrices)
-        self._values = torch.empty((num_experts, self.out_features, width), dtype=dtype, device=device)
-        for into, parts in zip(self._values, matrices, strict=True):
+        self.values = torch.empty((num_experts, self.out_features, width), dtype=dtype, device=device)
+        for into, parts in zip(self.values, matrices, strict=True):
             for rows, part in _places(parts):
                 into[rows].copy_(part if isinstance(part, Tensor) else part.float())
 
     def whole(self) -> Tensor:
         """See Stack."""
-        return self._values
+        return self.values
 
     def one(self, expert: int) -> Tensor:
         """See Stack."""
-        return self._values[expert]
+        return self.values[expert]
 
     @property
     def nbytes(self) -> int:
         """See Stack."""
-        return self._values.nbytes
+        return self.values.nbytes
 
 
 class Fp8Stack:
-    """Held in FP8 (e4m3), dequantised for each product in float32 and rounded to dtype.
+    """Held in FP8 (e4m3). `whole` and `one` dequantise in float32 and round to dtype.
 
-    A checkpoint's scales are one for each block of 128x128. Here every row has its own copy of those of its blocks,
-    [num_experts, out, ceil(in / 128)] float32, so that matrices of any height lie below one another: 3 % more bytes.
+    A checkpoint's scales are one for each block of 128x128. Here they are one for rows_per_scale rows and 128 columns,
+    scales: [num_experts, out / rows_per_scale, ceil(in / 128)] float32. That is 128 rows too, where the matrices that
+    lie below one another have whole blocks; else as many as divide the heights of all and 128.
     """
 
     def __init__(self, matrices: Matrices, device: torch.device, dtype: torch.dtype) -> None:
         num_experts, self.out_features, width = _shape(matrices)
         self._dtype = dtype
         shape, blocks = (num_experts, self.out_features, width), -(-width // FP8_BLOCK)
-        self._values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
-        self._scales = torch.empty((*shape[:2], blocks), device=device)
+        self.values = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        self.rows_per_scale = math.gcd(FP8_BLOCK, *(part.shape[0] for part in matrices[0]))
+        self.scales = torch.empty((num_experts, self.out_features // self.rows_per_scale, blocks), device=device)
         for expert, parts in enumerate(matrices):
             for rows, part in _places(parts):
                 assert isinstance(part, Fp8Weight)
-                self._values[expert, rows].copy_(part.values)
-                self._scales[expert, rows].copy_(part.scales.repeat_interleave(FP8_BLOCK, dim=0)[: part.shape[0]])
+                self.values[expert, rows].copy_(part.values)
+                scaled = slice(rows.start // self.rows_per_scale, rows.stop // self.rows_per_scale)
+                copies = part.scales.repeat_interleave(FP8_BLOCK // self.rows_per_scale, dim=0)
+                self.scales[expert, scaled].copy_(copies[: scaled.stop - scaled.start])
 
     def whole(self) -> Tensor:
         """See Stack. One expert after another, so that the float32 values of one exist at a time."""
-        matrices = torch.empty(self._values.shape, dtype=self._dtype, device=self._values.device)
+        matrices = torch.empty(self.values.shape, dtype=self._dtype, device=self.values.device)
         for expert, into in enumerate(matrices):
             into.copy_(self._float(expert))
         return matrices
@@ -103,10 +110,11 @@ class Fp8Stack:
     @property
     def nbytes(self) -> int:
         """See Stack."""
-        return self._values.nbytes + self._scales.nbytes
+        return self.values.nbytes + self.scales.nbytes
 
     def _float(self, expert: int) -> Tensor:
-        values, scales = self._values[expert], self._scales[expert]
+        values = self.values[expert]
+        scales = self.scales[expert].repeat_interleave(self.rows_per_scale, dim=0)
         return values.float() * scales.repeat_interleave(FP8_BLOCK, dim=1)[:, : values.shape[1]]
 
 

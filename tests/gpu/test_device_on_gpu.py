@@ -15,7 +15,10 @@ pytest.importorskip("msgspec", reason="the engine's packages are not installed: 
 
 from experts import kernels
 from experts.checkpoint import open_checkpoint
-from experts.device.experts import DeviceExperts, grouped_product, has_grouped_product, looped_product
+from experts.device import measure
+from experts.device.experts import DeviceExperts
+from experts.device.measure import ROW_COUNTS, LayerTimer
+from experts.device.products import grouped_product, has_grouped_product, looped_product
 from experts.device.stacks import stack
 from experts.kernels.expert_table import ExpertWeights
 from experts.kernels.weight import Fp8Weight, encode_fp8
@@ -63,6 +66,17 @@ def test_the_grouped_product_equals_the_loop(lengths: list[int], padding: int) -
     ends = torch.tensor(lengths).cumsum(0, dtype=torch.int32).to(GPU)
     ours, wanted = (product(rows, held, ends)[: sum(lengths)] for product in (grouped_product, looped_product))
     torch.testing.assert_close(ours, wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_products_are_timed_once_for_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BARISTA_CACHE", str(tmp_path))
+    for _ in range(2):  # processes
+        monkeypatch.setattr(measure, "_choices", {})
+        assert DeviceExperts(weights(torch.bfloat16), device=GPU, dtype=torch.bfloat16).capturable
+        monkeypatch.setattr(LayerTimer, "timings", lambda *_: pytest.fail("it was timed again"))
+    (file,) = tmp_path.glob("products/*/choice.json")
+    assert set(json.loads(file.read_text())["seconds"]["grouped"]) == set(map(str, ROW_COUNTS))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
-from benchmarks import gpu_model
+from benchmarks import gpu, gpu_model
 from benchmarks.gpu import Line
 from benchmarks.gpu_bytes import Cycle, expected_copies, expert_layer_bytes
 from benchmarks.random_model import write_model
@@ -71,3 +73,25 @@ def test_a_decode_step_counts_the_experts_that_it_wakes(tmp_path: Path) -> None:
     assert trunk > 1024 * 64 * 2  # the head is read whole
     assert many.nbytes == pytest.approx(trunk + 2 * 8 * expert, rel=0.01)
     assert many.seconds > 0
+
+
+class OneSecond:
+    """A clock for which all work takes a second."""
+
+    def once(self, work: Callable[[], object]) -> float:
+        work()
+        return 1.0
+
+    in_a_graph = once
+
+
+@pytest.mark.parametrize(("fp8", "form", "weight_bytes"), [(False, "bf16", 2), (True, "fp8", 1 + 4 / 128**2)])
+def test_a_layers_lines_name_the_product_that_a_server_takes(
+    fp8: bool, form: str, weight_bytes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"GPU": torch.device("cpu"), "HIDDEN": 256, "INTERMEDIATE": 128}.items():
+        monkeypatch.setattr(gpu, name, value)
+    lines = list(gpu.layer_lines(cast(gpu.Clock, OneSecond()), 1.0, gpu.TOP_K, fp8=fp8))
+    assert [line.tokens for line in lines] == [1, 16, 128, 1024]
+    assert {line.what for line in lines} == {f"MoE layer, 8 experts, {form}, loop, chosen"}
+    assert lines[0].floor == pytest.approx(8 * 3 * 256 * 128 * weight_bytes + 8 * 4 * 256)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experts import kernels
-from experts.device.experts import DeviceExperts, grouped_product, has_grouped_product, looped_product
+from experts.device.experts import DeviceExperts
+from experts.device.products import grouped_product, looped_product
 from experts.device.stacks import stack
 from experts.formats import INT8
 from experts.kernels.expert_table import ExpertWeights
@@ -76,13 +77,13 @@ def test_weights_of_few_bits_equal_the_cpu_kernels(change) -> None:
     torch.testing.assert_close(ours, expected(table, rows, [2, 0, 3, 1, 4]), rtol=1e-5, atol=1e-5)
 
 
-def test_fp8_is_held_in_a_quarter_of_float32_and_its_scales() -> None:
-    held = {
-        change: DeviceExperts(each(plain(), change), device=CPU, dtype=torch.float32).nbytes
-        for change in (as_fp8, torch.Tensor.float)
-    }
-    scales = NUM_EXPERTS * (2 * INTERMEDIATE + HIDDEN) * 4  # one block wide
-    assert held[as_fp8] == held[torch.Tensor.float] // 4 + scales
+@pytest.mark.parametrize(("intermediate", "rows_per_scale"), [(256, 128), (96, 32), (65, 1)])
+def test_fp8_takes_a_byte_for_each_weight_and_scales_for_as_many_rows_as_divide_the_heights(
+    intermediate: int, rows_per_scale: int
+) -> None:
+    matrices = [[as_fp8(torch.randn(intermediate, 130)) for _ in range(2)] for _ in range(3)]
+    num_scales = 3 * (2 * intermediate // rows_per_scale) * 2  # two blocks wide
+    assert stack(matrices, CPU, torch.float32).nbytes == 3 * 2 * intermediate * 130 + 4 * num_scales
 
 
 @pytest.mark.parametrize("out", [1, 127, 128, 200])
@@ -110,25 +111,6 @@ def test_the_grouped_product_equals_the_loop(dtype: torch.dtype, lengths: list[i
         rtol=TOLERANCE[dtype],
         atol=TOLERANCE[dtype],
     )
-
-
-@pytest.mark.parametrize(
-    ("device", "generation", "dtype", "widths", "grouped"),
-    [
-        ("cuda", (9, 0), torch.bfloat16, (64, 40), True),
-        ("cuda", (10, 0), torch.bfloat16, (64, 40), True),
-        ("cuda", (8, 9), torch.bfloat16, (64, 40), False),
-        ("cuda", (9, 0), torch.float32, (64, 40), False),
-        ("cuda", (9, 0), torch.bfloat16, (64, 12), False),
-        ("cpu", (9, 0), torch.bfloat16, (64, 40), False),
-    ],
-)
-def test_experts_are_grouped_where_torch_has_a_kernel_for_it(
-    device: str, generation: tuple[int, int], dtype: torch.dtype, widths: tuple[int, int], grouped: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: generation)
-    assert has_grouped_product(torch.device(device), dtype, widths) is grouped
 
 
 def test_experts_of_different_shapes_are_refused() -> None:

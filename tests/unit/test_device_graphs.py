@@ -199,7 +199,7 @@ def without_values(run: Callable[[], None], before: Callable[[], None]) -> Calla
 def test_a_decode_step_asks_the_device_for_no_value(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("experts.device.experts.has_grouped_product", lambda *_: True)
+    monkeypatch.setattr("experts.device.products.has_grouped_product", lambda *_: True)
     tiny.make(family, tmp_path)
     trunk = device_model(tmp_path, torch.bfloat16, capture=without_values).trunk
     batch = decode_of([[0, 1, 2], [3, 4, 5], [6, 7, 8]], [1, 2, 3], [0, 2])
