@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -21,6 +23,11 @@ def library_for(device: torch.device) -> Library:
 def memory_for(device: torch.device, library: Library) -> Memory:
     """The memory of windows on a device, as several processes use it."""
     return GpuMemory(library, device.index or 0) if device.type == "cuda" else SharedMemory()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """While this lasts, the kernels' calls of this thread are for the device: a new thread begins on the first GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from barista.errors import BaristaError, ConfigError
 from experts.expert_model import ExpertModel
-from experts.expert_parallel.machine import check_peers, library_for, memory_for
+from experts.expert_parallel.machine import check_peers, library_for, memory_for, on_device
 from experts.expert_parallel.memory import Block
 from experts.expert_parallel.processes import WorkerLost, WorkerProcess
 from experts.expert_parallel.rank import TIMEOUT_SECONDS, Rank, Ranks
@@ -167,7 +167,7 @@ class ParallelPool:
 
     def _abort(self) -> None:
         """End the waits of every rank. From any thread; harmless when there are none."""
-        with self._windows_lock:
+        with self._windows_lock, on_device(self._config.engine):
             for window in self._windows:
                 self._library.call("ep_window_abort", window.address)
 

@@ -30,7 +30,7 @@ from experts.checkpoint import open_checkpoint
 from experts.device.experts import DeviceExperts
 from experts.expert_model import ExpertModel
 from experts.expert_parallel.library import Library
-from experts.expert_parallel.machine import library_for, memory_for
+from experts.expert_parallel.machine import library_for, memory_for, on_device
 from experts.expert_parallel.memory import Block
 from experts.expert_parallel.rank import Rank, Ranks
 from experts.expert_parallel.shape import ExpertMap, shape_from_json
@@ -77,7 +77,8 @@ class Worker:
     def abort(self) -> None:
         """End the waits of the step under way. From any thread."""
         if self._library is not None and self._rank is not None:
-            self._library.call("ep_window_abort", self._rank.window.address)
+            with on_device(self._rank.device):
+                self._library.call("ep_window_abort", self._rank.window.address)
 
     def _load(self, order: Order) -> Order:
         if self._rank is not None:
