@@ -25,10 +25,10 @@ KERNELS := $(shell find experts/kernels -name '*.cpp' -o -name '*.h' -o -name '*
 CXX_SOURCES := $(shell find $(wildcard experts router cuda) -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PROTOS := $(and $(wildcard proto),$(shell find proto -name '*.proto'))
 
-# Of GPU machines: whatever Python has torch there, since a pinned CPU build would be of no use.
+# Of GPU machines: this folder's environment, or whatever Python has a torch for CUDA.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: setup serve chat test check format proto dashboard cuda gpu-test gpu-bench bench soak clean
+.PHONY: setup serve chat test check format proto dashboard cuda gpu-test gpu-bench .needs-torch bench soak clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -77,15 +77,19 @@ dashboard: $(VENV)/.installed
 	$(BIN)/python -m router.dashboard >$(VENV)/dashboard.json && mv $(VENV)/dashboard.json helm/barista/dashboards/barista.json
 
 # The kernels for GPUs, by nvcc, for every architecture; where the result is.
-cuda:
+cuda: .needs-torch
 	@$(GPU_PYTHON) -m experts.expert_parallel.build
 
 # What needs a GPU: builds, tests and measures on the GPUs that there are, with the torch that is there. Under 9 minutes.
-gpu-test:
+gpu-test: .needs-torch
 	@$(GPU_PYTHON) -m pytest -p no:cacheprovider -rs -m gpu tests/gpu $(ARGS)
 
-gpu-bench:
+gpu-bench: .needs-torch
 	@$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
+
+.needs-torch:
+	@$(GPU_PYTHON) -c 'import torch' 2>/dev/null || { \
+	    echo "error: $(GPU_PYTHON) has no torch. Remedy: make setup, or name one that has: GPU_PYTHON=..." >&2; exit 1; }
 
 bench: setup $(VENV)/.dev
 	@$(BIN)/python -m benchmarks.generate "$$($(BIN)/python -c 'from router.models import resolve; print(resolve("house-blend"))')" $(ARGS)

@@ -42,6 +42,7 @@ OF_THE_ENGINE = (
     "device",
 )
 FORMATS = ("auto", "float32", "bf16", "fp8", "int8", "int4", "mxfp4")
+MAX_GPU_WORKERS = 15  # one rank fewer than cuda/ep_window.h has room for: the engine is one too
 FORMATS_ON_GPU = ("auto", "float32", "bf16", "fp8")
 KINDS = {int: "an integer", float: "a number", str: "a string", Path: "a path"}
 
@@ -171,8 +172,13 @@ class ServeConfig:
             if getattr(self, name) is not None:
                 raise ConfigError(
                     f"device is {self.device!r}, but {name} is {getattr(self, name)}: pools compute on CPUs alone.",
-                    "Give --workers N alone, for workers of the engine's own on its GPUs, or --device cpu.",
+                    "Give --device cpu; with GPUs `barista serve --device cuda --workers N` has workers of its own.",
                 )
+        if self.workers > MAX_GPU_WORKERS:
+            raise ConfigError(
+                f"workers is {self.workers}, but an engine on GPUs has at most {MAX_GPU_WORKERS}.",
+                f"Give --workers {MAX_GPU_WORKERS} or fewer.",
+            )
         for name in OF_THE_POOL:
             if getattr(self, name) != _default(name):
                 raise ConfigError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from typing import Literal
 import torch
 
 from benchmarks.gpu_bytes import Cycle, expert_layer_bytes
-from benchmarks.gpu_model import decode_steps, write_random_model
 from experts.device.choice import Choice
 from experts.device.experts import DeviceExperts
 from experts.device.measure import Products
@@ -133,6 +133,7 @@ class Group:
             owners = ids // experts.most()
             self.copies += sum(len(set(row)) for row in owners.tolist())
             rank.feed(torch.randn(tokens, HIDDEN, device=GPU).bfloat16(), ids, torch.rand(tokens, TOP_K, device=GPU))
+            rank.results(torch.zeros(self.shape.rows, HIDDEN, dtype=torch.bfloat16, device=GPU))
         self.together = Ranks(library, self.ranks)
         self.together.send(self._stream())
         self.together.receive(self._stream())
@@ -174,6 +175,7 @@ def exchange_lines(clock: Clock, bandwidth: float, tokens: int) -> Iterator[Line
     yield line("dispatch, fp8", "dispatch", must.dispatch, exact)
     yield line("sync (8 ranks)", "sync_dispatch", 0, exact)
     yield line("expand to bf16 rows, fp8", "expand", must.expand + must.pairs * HIDDEN, exact)
+    yield line("collect, bf16", "collect", 2 * must.pairs * 2 * HIDDEN, exact)
     yield line("combine, exact rows, bf16", "combine", must.combine_exact, exact)
     exact.close()
     partial = Group(tokens, "values", "partial")
@@ -224,7 +226,12 @@ def layer_lines(clock: Clock, bandwidth: float, num_experts: int, *, fp8: bool) 
 
 
 def model_lines(bandwidth: float) -> Iterator[Line]:
-    """Decode steps of a whole model, logits on the host."""
+    """Decode steps of a whole model, logits on the host. Nothing without the packages that loading one takes."""
+    try:
+        from benchmarks.gpu_model import decode_steps, write_random_model
+    except ImportError as error:
+        print(f"no whole model: {error}")
+        return
     with tempfile.TemporaryDirectory(prefix="barista-") as folder:
         what = write_random_model(Path(folder))
         for sequences, seconds, nbytes in decode_steps(Path(folder), GPU):
@@ -236,6 +243,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="*", default=[128, 2048], help="a rank; none: no exchange")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("PyTorch sees no GPU: nothing can be measured. Look at nvidia-smi, and at GPU_PYTHON=... of make.")
     clock = Clock()
     bandwidth = copy_bandwidth(clock)
     lines: list[Line] = []
@@ -243,6 +252,7 @@ def main() -> None:
         for line in exchange_lines(clock, bandwidth, tokens):
             print(line, flush=True)
             lines.append(line)
+    torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0]
     needed = EXPERTS * 3 * HIDDEN * INTERMEDIATE * 2 * 1.2
     for fp8 in (False, True):

@@ -54,9 +54,10 @@ struct ep_rank {
     void* output;                // values [num_tokens, H], by combine; a failed row is zero
     uint8_t* failed;             // [num_tokens], by combine: 1 if a pair was lost or the sum is not finite
     // The owner's.
-    void* expert_rows;     // [max_rows, H], by expand: as they travel if expert_scales is given, else values
-    float* expert_scales;  // [max_rows, H / EP_GROUP], by expand, or null
-    int32_t* expert_ends;  // [L], by expand: where each local expert's rows end, padding included
+    void* expert_rows;           // [max_rows, H], by expand: as they travel if expert_scales is given, else values
+    float* expert_scales;        // [max_rows, H / EP_GROUP], by expand, or null
+    int32_t* expert_ends;        // [L], by expand: where each local expert's rows end, padding included
+    const void* expert_results;  // values [max_rows, H]: what the experts made of expert_rows, for collect
 };
 
 #if defined(__cplusplus)
@@ -69,8 +70,9 @@ void ep_struct_sizes(uint32_t* shape, uint32_t* state, uint32_t* rank);
 // Bytes of a window, and where its regions lie; 0 if the shape is not valid.
 uint64_t ep_window_bytes(const struct ep_shape* shape, struct ep_offsets* offsets);
 
-// Make fresh memory a window. Returns after it is one.
-int32_t ep_window_format(uint8_t* window, const struct ep_shape* shape);
+// Make fresh memory of so many bytes a window: those of ep_window_bytes, or for a rank without experts those before
+// ep_offsets.experts. Returns after it is one.
+int32_t ep_window_format(uint8_t* window, uint64_t bytes, const struct ep_shape* shape);
 
 // End all waits of the rank that owns this window, now and from now on.
 int32_t ep_window_abort(uint8_t* window);
@@ -86,6 +88,9 @@ int32_t ep_sync(const struct ep_rank* ranks, uint32_t count, uint32_t phase, voi
 
 // Received rows to expert-major order: expert e's from expert_ends[e - 1], aligned, in order of (source, slot).
 int32_t ep_expand(const struct ep_rank* ranks, uint32_t count, void* stream);
+
+// The experts' results into `out`, as many rows as there are: their product knows no window.
+int32_t ep_collect(const struct ep_rank* ranks, uint32_t count, void* stream);
 
 // With EP_PARTIAL: the weighted sum of each received row's experts, from `out` to `sums`, in float32, in top-k order.
 int32_t ep_reduce(const struct ep_rank* ranks, uint32_t count, void* stream);

@@ -112,7 +112,7 @@ extern "C" int32_t ep_combine(const ep_rank* ranks, uint32_t count, void* stream
 extern "C" int32_t ep_reduce(const ep_rank* ranks, uint32_t count, void* stream) {
     if (!ep_ranks_fit(ranks, count, EP_NEEDS_PARTIAL)) return EP_INVALID;
     const ep_shape& shape = ranks[0].shape;
-    const uint32_t most = shape.num_ranks * shape.max_tokens;
+    const uint32_t most = shape.num_sources * shape.max_tokens;
     ep_grid grid = grid_of(shape, 0);
     if (const int32_t error = ep_resident_blocks(grid.threads, &grid.blocks)) return error;
     grid.blocks = grid.blocks < most ? grid.blocks : most;

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kMaxThreads) expand(const __grid_constant__ ep
 template <Form kForm>
 int32_t run(const ep_rank* ranks, uint32_t count, uint32_t pieces, void* stream) {
     const ep_shape& shape = ranks[0].shape;
-    const uint32_t threads = ep_threads_for(pieces), most = shape.num_ranks * shape.max_tokens;
+    const uint32_t threads = ep_threads_for(pieces), most = shape.num_sources * shape.max_tokens;
     ep_grid grid = {0, threads};
     if (const int32_t error = ep_resident_blocks(threads, &grid.blocks)) return error;
     grid.blocks = grid.blocks < most ? grid.blocks : most;
@@ -145,6 +145,7 @@ int32_t run(const ep_rank* ranks, uint32_t count, uint32_t pieces, void* stream)
 
 extern "C" int32_t ep_expand(const ep_rank* ranks, uint32_t count, void* stream) {
     if (!ep_ranks_fit(ranks, count, EP_NEEDS_OWNER)) return EP_INVALID;
+    if (!ep_any_owner(ranks, count)) return EP_OK;
     const ep_shape& shape = ranks[0].shape;
     const bool scales = ranks[0].expert_scales != nullptr;
     for (uint32_t i = 1; i < count; ++i) {

@@ -210,6 +210,13 @@ void expand(const ep_rank& rank, const ep_offsets& at) {
     }
 }
 
+void collect(const ep_rank& rank, const ep_offsets& at) {
+    if (rank.num_local_experts == 0) return;
+    const uint64_t rows = static_cast<uint64_t>(rank.expert_ends[rank.num_local_experts - 1]);
+    const ep_view own = ep_view_of(rank, at, rank.rank);
+    memcpy(ep_out_of(own, 0), rank.expert_results, rows * ep_value_row_bytes(&rank.shape));
+}
+
 template <class V>
 bool add_up(const ep_term* terms, uint32_t count, uint32_t units, ep_unit* out) {
     bool finite = true;
@@ -282,10 +289,10 @@ uint64_t ep_window_bytes(const ep_shape* shape, ep_offsets* offsets) {
     return offsets->total;
 }
 
-int32_t ep_window_format(uint8_t* window, const ep_shape* shape) {
-    if (window == nullptr || !ep_valid(shape)) return EP_INVALID;
+int32_t ep_window_format(uint8_t* window, uint64_t bytes, const ep_shape* shape) {
+    if (window == nullptr || !ep_valid(shape) || !ep_window_size_fits(*shape, bytes)) return EP_INVALID;
     const ep_header header = ep_header_for(*shape);
-    memset(window, 0, header.total_bytes);
+    memset(window, 0, bytes);
     memcpy(window, &header, sizeof header);
     return EP_OK;
 }
@@ -312,6 +319,10 @@ int32_t ep_sync(const ep_rank* ranks, uint32_t count, uint32_t phase, void*) {
 
 int32_t ep_expand(const ep_rank* ranks, uint32_t count, void*) {
     return for_each(ranks, count, EP_NEEDS_OWNER, expand);
+}
+
+int32_t ep_collect(const ep_rank* ranks, uint32_t count, void*) {
+    return for_each(ranks, count, EP_NEEDS_RESULTS, collect);
 }
 
 int32_t ep_reduce(const ep_rank* ranks, uint32_t count, void*) {

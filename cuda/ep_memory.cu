@@ -36,13 +36,6 @@ extern "C" int32_t ep_memory_reaches(int32_t device, int32_t peer, int32_t* can)
     return -static_cast<int32_t>(cudaDeviceCanAccessPeer(can, device, peer));
 }
 
-extern "C" int32_t ep_memory_enable(int32_t peer) {
-    const cudaError_t error = cudaDeviceEnablePeerAccess(peer, 0);
-    if (error != cudaErrorPeerAccessAlreadyEnabled) return -static_cast<int32_t>(error);
-    (void)cudaGetLastError();  // else it would be the next launch's
-    return 0;
-}
-
 extern "C" int32_t ep_versions(int32_t* driver, int32_t* runtime) {
     if (const cudaError_t error = cudaDriverGetVersion(driver)) return -static_cast<int32_t>(error);
     return -static_cast<int32_t>(cudaRuntimeGetVersion(runtime));

@@ -21,9 +21,6 @@ int32_t ep_memory_close(uint8_t* at);
 // Whether one device can read and write another's memory.
 int32_t ep_memory_reaches(int32_t device, int32_t peer, int32_t* can);
 
-// Let the current device use another device's memory that this same process has created. Idempotent.
-int32_t ep_memory_enable(int32_t peer);
-
 // CUDA versions as 1000 x major + 10 x minor: the newest that the driver serves, 0 without one, and this library's.
 int32_t ep_versions(int32_t* driver, int32_t* runtime);
 

@@ -4,8 +4,9 @@
 
 namespace {
 
-constexpr uint32_t kThreads = 256;
+constexpr uint32_t kThreads = 1024;  // even a prompt takes few turns
 constexpr uint32_t kWarps = kThreads / 32;
+constexpr uint32_t kReporters = 8;
 
 // How many threads of the block before this one have `hit`; *total: how many in all.
 __device__ uint32_t count_before(bool hit, uint32_t (&warp_hits)[kWarps], uint32_t* total) {
@@ -64,9 +65,11 @@ __device__ void number_rows(const ep_rank& rank, const ep_offsets& at, uint32_t 
     if (threadIdx.x == 0) ep_counts_of(window, rank.rank)[rank.expert_index[expert]] = static_cast<int32_t>(count);
 }
 
-__device__ void report_ids(const ep_rank& rank, uint32_t alive) {
+// The last blocks each look at a part of the ids.
+__device__ void report_ids(const ep_rank& rank, uint32_t alive, uint32_t part) {
     uint32_t status = 0;
-    for (uint64_t pair = threadIdx.x; pair < (uint64_t)rank.num_tokens * rank.shape.top_k; pair += kThreads) {
+    const uint64_t pairs = (uint64_t)rank.num_tokens * rank.shape.top_k;
+    for (uint64_t pair = part * kThreads + threadIdx.x; pair < pairs; pair += kReporters * kThreads) {
         (void)ep_owner_of(rank, alive, rank.topk_ids[pair], &status);
     }
     if (status) atomicOr(&rank.state->status, status);
@@ -81,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) route(const __grid_constant__ ep_lau
     } else if (blockIdx.x < num_ranks + rank.shape.num_experts) {
         number_rows(rank, launch.at, alive, blockIdx.x - num_ranks, warp_hits);
     } else {
-        report_ids(rank, alive);
+        report_ids(rank, alive, blockIdx.x - num_ranks - rank.shape.num_experts);
     }
 }
 
@@ -90,5 +93,5 @@ __global__ void __launch_bounds__(kThreads) route(const __grid_constant__ ep_lau
 extern "C" int32_t ep_route(const ep_rank* ranks, uint32_t count, void* stream) {
     if (!ep_ranks_fit(ranks, count, EP_NEEDS_SOURCE)) return EP_INVALID;
     const ep_shape& shape = ranks[0].shape;
-    return ep_run(route, ranks, count, {shape.num_ranks + shape.num_experts + 1, kThreads}, stream);
+    return ep_run(route, ranks, count, {shape.num_ranks + shape.num_experts + kReporters, kThreads}, stream);
 }

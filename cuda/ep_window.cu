@@ -13,23 +13,29 @@ extern "C" uint64_t ep_window_bytes(const ep_shape* shape, ep_offsets* offsets) 
     return offsets->total;
 }
 
-extern "C" int32_t ep_window_format(uint8_t* window, const ep_shape* shape) {
-    if (window == nullptr || !ep_valid(shape)) return EP_INVALID;
+extern "C" int32_t ep_window_format(uint8_t* window, uint64_t bytes, const ep_shape* shape) {
+    if (window == nullptr || !ep_valid(shape) || !ep_window_size_fits(*shape, bytes)) return EP_INVALID;
     const ep_header header = ep_header_for(*shape);
-    if (const cudaError_t error = cudaMemset(window, 0, header.total_bytes)) return -error;
+    if (const cudaError_t error = cudaMemset(window, 0, bytes)) return -error;
     if (const cudaError_t error = cudaMemcpy(window, &header, sizeof header, cudaMemcpyHostToDevice)) return -error;
     return -static_cast<int32_t>(cudaDeviceSynchronize());
 }
 
-// On a stream of its own: the one that waits is busy until this arrives.
+// On a stream of its own: the one that waits is busy until this arrives. Another thread may be capturing a graph, which
+// must neither forbid this nor be spoilt by it.
 extern "C" int32_t ep_window_abort(uint8_t* window) {
     static const uint32_t set = 1;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    if (const cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode)) return -error;
     cudaStream_t stream;
-    if (const cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)) return -error;
-    uint8_t* word = window + offsetof(ep_header, abort);
-    cudaError_t error = cudaMemcpyAsync(word, &set, sizeof set, cudaMemcpyHostToDevice, stream);
-    if (!error) error = cudaStreamSynchronize(stream);
-    cudaStreamDestroy(stream);
+    cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+    if (!error) {
+        uint8_t* word = window + offsetof(ep_header, abort);
+        error = cudaMemcpyAsync(word, &set, sizeof set, cudaMemcpyHostToDevice, stream);
+        if (!error) error = cudaStreamSynchronize(stream);
+        cudaStreamDestroy(stream);
+    }
+    cudaThreadExchangeStreamCaptureMode(&mode);
     return -static_cast<int32_t>(error);
 }
 

@@ -17,8 +17,10 @@
 // One copy of each region is enough. What a source writes in cycle n + 1 (1) comes after it has seen the combine cells
 // of n, which an owner stores after it has read everything of n (3). What an owner writes in n + 1 (3, 4) comes after
 // it has seen the dispatch cells of n + 1, which a source stores after it has read everything of n (6). This holds
-// between ranks that wait for each other; one that has been given up (ep_state.alive) may write into its own regions at
-// any time, and nobody reads them. It may come back only with a new group: new windows, epoch 0.
+// between ranks that wait for each other. One that has been given up (ep_state.alive) may write into its own regions at
+// any time, and nobody reads them; what it reads itself may be torn, and its own waits tell it so in the next cycle at
+// the latest. So results count only once the status is read after a last sync, and an owner begins no step that it was
+// not told to. Who was given up comes back only with a new group: new windows, epoch 0.
 #pragma once
 
 #include <stdint.h>
@@ -54,8 +56,9 @@ enum ep_phase { EP_DISPATCH = 0, EP_COMBINE = 1 };
 
 // How large a window is and what is in it. `size` is sizeof the struct, here and below.
 //
-// max_local_experts: of any rank. max_tokens: that a rank sends in one cycle. max_rows: expert rows of one cycle that a
-// rank has room for, padding included. alignment: each expert's rows begin at a multiple of it.
+// max_local_experts: of any rank. num_sources: ranks 0 to num_sources - 1 may have tokens. max_tokens: that a source
+// sends in one cycle. max_rows: expert rows of one cycle that a rank has room for, padding included. alignment: each
+// expert's rows begin at a multiple of it.
 struct ep_shape {
     uint32_t size;
     uint32_t num_ranks;
@@ -70,7 +73,7 @@ struct ep_shape {
     uint32_t combine;
     uint32_t routing;
     uint32_t alignment;
-    uint32_t reserved;
+    uint32_t num_sources;
 };
 
 // At offset 0, written before any peer is told of the window. abort: any end sets it to end this rank's waits for good.
@@ -91,19 +94,20 @@ struct ep_cell {
     uint8_t padding[56];
 };
 
-// Where the regions begin, in bytes; each is aligned to 128. R: num_ranks, T: max_tokens, L: max_local_experts,
-// K: top_k, H: hidden.
+// Where the regions begin, in bytes; each is aligned to 128. What comes from `experts` on is for an owner: with
+// EP_TO_OWNERS a rank without experts has no memory there. R: num_ranks, S: num_sources, T: max_tokens,
+// L: max_local_experts, K: top_k, H: hidden.
 struct ep_offsets {
     uint64_t cells;     // struct ep_cell [2 phases, R sources]
     uint64_t counts;    // int32 [R sources, L]: rows for each local expert; written by the source
     uint64_t bases;     // int32 [R sources, L]: where those rows begin in `out`, -1: no room; written by the owner
-    uint64_t experts;   // int32 [R sources, T slots, K]: the pair's local expert, -1: another rank's
-    uint64_t ordinals;  // int32 [R sources, T slots, K]: the pair's place among the source's rows for that expert
-    uint64_t weights;   // float32 [R sources, T slots, K]; only with EP_PARTIAL
-    uint64_t rows;      // [R sources, T slots] rows as they travel
-    uint64_t scales;    // float32 [R sources, T slots, H / EP_GROUP]; only with EP_FP8
+    uint64_t experts;   // int32 [S, T slots, K]: the pair's local expert, -1: another rank's
+    uint64_t ordinals;  // int32 [S, T slots, K]: the pair's place among the source's rows for that expert
+    uint64_t weights;   // float32 [S, T slots, K]; only with EP_PARTIAL
+    uint64_t rows;      // [S, T slots] rows as they travel
+    uint64_t scales;    // float32 [S, T slots, H / EP_GROUP]; only with EP_FP8
     uint64_t out;       // values [max_rows, H]: the experts' rows
-    uint64_t sums;      // values [R sources, T slots, H]; only with EP_PARTIAL
+    uint64_t sums;      // values [S, T slots, H]; only with EP_PARTIAL
     uint64_t total;
 };
 
@@ -120,6 +124,7 @@ EP_FUNCTION uint64_t ep_align(uint64_t bytes) { return (bytes + 127) & ~(uint64_
 // Whether the numbers are such that no offset overflows and every row is made of 16-byte units.
 EP_FUNCTION int32_t ep_valid(const struct ep_shape* shape) {
     const int32_t sizes = shape->size == sizeof *shape && shape->num_ranks >= 1 && shape->num_ranks <= EP_MAX_RANKS &&
+                          shape->num_sources >= 1 && shape->num_sources <= shape->num_ranks &&
                           shape->num_experts >= 1 && shape->num_experts <= 1u << 16 && shape->max_local_experts >= 1 &&
                           shape->max_local_experts * shape->num_ranks <= EP_MAX_COUNTS && shape->top_k >= 1 &&
                           shape->top_k <= EP_MAX_TOP_K && shape->max_tokens >= 1 && shape->max_tokens <= 1u << 20 &&
@@ -134,7 +139,7 @@ EP_FUNCTION int32_t ep_valid(const struct ep_shape* shape) {
 }
 
 EP_FUNCTION struct ep_offsets ep_offsets_of(const struct ep_shape* shape) {
-    const uint64_t slots = (uint64_t)shape->num_ranks * shape->max_tokens;
+    const uint64_t slots = (uint64_t)shape->num_sources * shape->max_tokens;
     const uint64_t counts = (uint64_t)shape->num_ranks * shape->max_local_experts * sizeof(int32_t);
     const uint64_t pairs = slots * shape->top_k * sizeof(int32_t);
     const uint64_t value_row = (uint64_t)shape->hidden * ep_value_bytes(shape);

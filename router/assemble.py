@@ -125,6 +125,8 @@ def api_settings(config: ServeConfig, keys: Keys) -> ApiSettings:
 
 def workers_line(config: ServeConfig) -> str:
     """Where the experts are, for people; empty while they are in the engine."""
+    if config.device == "cuda" and config.workers:
+        return f"{config.workers}, on GPUs"
     if not config.has_pool:
         return ""
     name = "" if config.pool is None else f"pool {config.pool}"

@@ -123,9 +123,9 @@ class EngineHost:
 
 
 def _pool(config: ServeConfig) -> PoolAddress | None:
-    if config.workers or config.pool is not None:
+    if (config.workers and config.device == "cpu") or config.pool is not None:
         raise ConfigError(
-            "barista engine starts no workers.",
+            "barista engine starts no pool of workers.",
             "Give --controller HOST:PORT of a pool that runs, or let `barista deploy` start both.",
         )
     if config.controller is None:

@@ -27,7 +27,7 @@ Report = Mapping[str, Any]  # the JSON of GET /pool
 def summary(report: Report) -> str:
     """The pool in a line or two."""
     if "experts_uncovered" not in report:
-        return "The experts are in the engine: there are no workers."
+        return "There is no pool: the experts are in the engine, or on workers of its own on GPUs."
     name = f"pool {report['pool']}, " if report["pool"] else ""
     lines = [
         f"{name}epoch {report['epoch']}, coverage {report['coverage']:.1%}, {report['experts_uncovered']} experts "

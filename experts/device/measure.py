@@ -34,7 +34,7 @@ def graph_seconds(work: Callable[[], object]) -> float:
     """Of the work in a CUDA graph, as decode steps run it: so what the host needs to launch it does not count."""
     work()  # compiles, and takes what a graph may not
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # see router/model/device/graphs.py
         work()
     graph.replay()
     times = []

@@ -23,7 +23,8 @@ from experts.kernels.reference import silu_mul
 log = logging.getLogger(__name__)
 
 _ALIGNMENT = 16  # bytes of a row that torch's grouped product asks for
-_AMPERE, _ADA, _HOPPER = (8, 0), (8, 9), (9, 0)
+_GROUPED = (9, 10)  # major versions on which torch's does not ask the host
+_AMPERE, _ADA = (8, 0), (8, 9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def triton_kernel() -> Product | None:
 def has_grouped_product(device: torch.device, dtype: torch.dtype, widths: Sequence[int]) -> bool:
     """Whether torch computes all experts in one kernel that takes `ends` from the device. widths: of the rows."""
     aligned = all(width * dtype.itemsize % _ALIGNMENT == 0 for width in widths)
-    return _generation(device) >= _HOPPER and aligned and dtype is torch.bfloat16
+    return _generation(device)[0] in _GROUPED and aligned and dtype is torch.bfloat16
 
 
 def has_triton_product(device: torch.device, dtype: torch.dtype, *, fp8: bool) -> bool:

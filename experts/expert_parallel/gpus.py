@@ -13,7 +13,7 @@ from barista.errors import ConfigError
 from experts.health.nvml import open_nvml
 from experts.health.nvml_topology import read_topology
 from experts.health.topology import Topology, plan_gpus
-from experts.health.verdict import Condition
+from experts.health.verdict import Condition, judge
 from experts.health.watch import GpuWatch, watch_gpus
 
 log = logging.getLogger(__name__)
@@ -35,20 +35,22 @@ def visible_uuids() -> tuple[str, ...]:
 def choose_gpus(uuids: Sequence[str], num_workers: int, nvml: Any = None) -> GroupGpus:
     """One GPU each, peers by NVLink first; nvml: as of open_nvml.
 
-    Where there are not more GPUs than workers, or nothing is known of their connections, by order.
+    Where there are not more GPUs than workers, or nothing is known of their connections, by order. Raises ConfigError
+    where too few of them are sound.
     """
     if len(uuids) <= num_workers:
         return GroupGpus(0, tuple(worker % len(uuids) for worker in range(num_workers)))
-    known = _topology(uuids, nvml)
+    known = _known(uuids, nvml)
     if known is None:
         return GroupGpus(0, tuple(range(1, 1 + num_workers)))
-    topology, cuda_index = known
-    plan = plan_gpus(topology, 1, num_workers)
+    topology, cuda_index, broken = known
+    plan = plan_gpus(topology, 1, num_workers, exclude=broken)
     return GroupGpus(cuda_index[plan.trunk[0]], tuple(cuda_index[gpu] for gpu in plan.workers))
 
 
-def _topology(uuids: Sequence[str], nvml: Any) -> tuple[Topology, Mapping[int, int]] | None:
-    """How the GPUs are connected, by NVML's indices, and CUDA's index for each; None unless all of them answer."""
+def _known(uuids: Sequence[str], nvml: Any) -> tuple[Topology, Mapping[int, int], frozenset[int]] | None:
+    """How the GPUs are connected, CUDA's index of each, and those that must not be used, all by NVML's indices; None
+    unless all of them answer."""
     try:
         opened = open_nvml(uuids, nvml)
     except ConfigError as error:
@@ -59,9 +61,11 @@ def _topology(uuids: Sequence[str], nvml: Any) -> tuple[Topology, Mapping[int, i
     try:
         topology = read_topology(opened)
         indices = {gpu.index: cuda for cuda, gpu in enumerate(opened.gpus)}
+        looks = zip(opened.gpus, opened.read(), strict=True)
+        broken = frozenset(gpu.index for gpu, look in looks if judge(None, look).condition is Condition.FATAL)
     finally:
         opened.close()
-    return (topology, indices) if set(topology.gpus) == indices.keys() else None
+    return (topology, indices, broken) if set(topology.gpus) == indices.keys() else None
 
 
 class Fitness:

@@ -46,12 +46,13 @@ _P, _U, _I = ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int32
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "ep_struct_sizes": ([_P, _P, _P], None),
     "ep_window_bytes": ([_P, _P], ctypes.c_uint64),
-    "ep_window_format": ([_P, _P], _I),
+    "ep_window_format": ([_P, ctypes.c_uint64, _P], _I),
     "ep_window_abort": ([_P], _I),
     "ep_route": ([_P, _U, _P], _I),
     "ep_dispatch": ([_P, _U, _P], _I),
     "ep_sync": ([_P, _U, _U, _P], _I),
     "ep_expand": ([_P, _U, _P], _I),
+    "ep_collect": ([_P, _U, _P], _I),
     "ep_reduce": ([_P, _U, _P], _I),
     "ep_combine": ([_P, _U, _P], _I),
     "ep_result_text": ([_I], ctypes.c_char_p),
@@ -65,7 +66,6 @@ _MEMORY_SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "ep_memory_open": ([_P, _P], _I),
     "ep_memory_close": ([_P], _I),
     "ep_memory_reaches": ([_I, _I, _P], _I),
-    "ep_memory_enable": ([_I], _I),
     "ep_versions": ([_P, _P], _I),
 }
 

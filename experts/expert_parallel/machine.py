@@ -67,10 +67,10 @@ def check_versions(driver: int, runtime: int) -> None:
         )
 
 
-def check_peers(library: Library, devices: Sequence[int]) -> None:
-    """Raise ConfigError unless every one of these GPUs can write into every other one's memory."""
-    for device in devices:
-        for peer in devices:
+def check_peers(library: Library, engine: int, workers: Sequence[int]) -> None:
+    """Raise ConfigError unless the engine's GPU and each worker's can write into one another's memory."""
+    for worker in workers:
+        for device, peer in ((engine, worker), (worker, engine)):
             can = ctypes.c_int32()
             library.call("ep_memory_reaches", device, peer, ctypes.byref(can))
             if not can.value:

@@ -23,14 +23,14 @@ HANDLE_BYTES = 64
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """Memory of `size` bytes at `address`. handle: what another process opens it by; empty for a process's own memory.
+    """Memory of `size` bytes at `address`. handle(): what another process opens it by; empty for private memory.
 
     tensor(): the block as a uint8 tensor, which must not be used after close.
     """
 
     address: int
     size: int
-    handle: bytes
+    handle: Callable[[], bytes]
     owner: Any
     tensor: Callable[[], torch.Tensor]
     close: Callable[[], None]
@@ -55,7 +55,7 @@ class PrivateMemory:
         """As Memory.create."""
         tensor = torch.zeros(size + ALIGNMENT, dtype=torch.uint8)
         tensor = tensor[-tensor.data_ptr() % ALIGNMENT :][:size]
-        return Block(tensor.data_ptr(), size, b"", tensor, lambda: tensor, lambda: None)
+        return Block(tensor.data_ptr(), size, bytes, tensor, lambda: tensor, lambda: None)
 
     def open(self, handle: bytes, size: int) -> Block:
         """Private memory has no handle. Raises ConfigError."""
@@ -92,7 +92,7 @@ _ONE_VERSION = "Run one version and one model on all ranks."
 def _mapped(fd: int, size: int, handle: bytes) -> Block:
     pages = mmap.mmap(fd, size)
     tensor = torch.frombuffer(pages, dtype=torch.uint8)
-    return Block(tensor.data_ptr(), size, handle, pages, lambda: tensor, lambda: os.close(fd))
+    return Block(tensor.data_ptr(), size, lambda: handle, pages, lambda: tensor, lambda: os.close(fd))
 
 
 class GpuMemory:
@@ -104,20 +104,25 @@ class GpuMemory:
 
     def create(self, size: int) -> Block:
         """As Memory.create. Raises KernelError, for one when the GPU has no room."""
-        at, handle = ctypes.c_void_p(), (ctypes.c_uint8 * HANDLE_BYTES)()
+        at = ctypes.c_void_p()
         with torch.cuda.device(self._device):
             self._library.call("ep_memory_create", size, ctypes.byref(at))
+
+        def export() -> bytes:
+            handle = (ctypes.c_uint8 * HANDLE_BYTES)()
             self._library.call("ep_memory_export", at, handle)
-        return self._block(at, size, bytes(handle), "ep_memory_free")
+            return bytes(handle)
+
+        return self._block(at, size, export, "ep_memory_free")
 
     def open(self, handle: bytes, size: int) -> Block:
         """As Memory.open: of a GPU that this one reaches."""
         at = ctypes.c_void_p()
         with torch.cuda.device(self._device):
             self._library.call("ep_memory_open", (ctypes.c_uint8 * HANDLE_BYTES)(*handle), ctypes.byref(at))
-        return self._block(at, size, handle, "ep_memory_close")
+        return self._block(at, size, lambda: handle, "ep_memory_close")
 
-    def _block(self, at: ctypes.c_void_p, size: int, handle: bytes, close: str) -> Block:
+    def _block(self, at: ctypes.c_void_p, size: int, handle: Callable[[], bytes], close: str) -> Block:
         address = at.value or 0
         view = _CudaBytes(address, size)
         device = torch.device("cuda", self._device)

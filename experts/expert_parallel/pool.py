@@ -2,20 +2,19 @@
 
 A step is all or nothing. The engine's kernels give a rank up that does not come (cuda/ep.h); a dead process is noticed
 sooner, and the engine's waits are aborted. `settle` then finds the step bad: the group is made anew of the survivors,
-which read the experts of the lost from the checkpoint, and the engine computes the step once more. Nothing of a bad
+which read their new shares from the checkpoint, and the engine computes the step once more. Nothing of a bad
 step is ever seen, because a step writes only keys and values, which the next try writes again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,9 +22,10 @@ from torch import Tensor
 
 from barista.errors import BaristaError, ConfigError
 from experts.expert_model import ExpertModel
+from experts.expert_parallel.library import KernelError
 from experts.expert_parallel.machine import check_peers, library_for, memory_for, on_device
 from experts.expert_parallel.memory import Block
-from experts.expert_parallel.processes import WorkerLost, WorkerProcess
+from experts.expert_parallel.processes import WorkerLost, WorkerProcess, WorkerRefused
 from experts.expert_parallel.rank import TIMEOUT_SECONDS, Rank, Ranks
 from experts.expert_parallel.shape import ExpertMap, GroupShape, shape_to_json
 from experts.expert_parallel.structs import BAD_ID, OVERFLOW
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 START_SECONDS = 120.0
 LOAD_SECONDS = 3600.0  # of experts from a cold disk
 LEAST_LEAVE_SECONDS = 1.0
+MAX_IN_VAIN = 2
 
 
 class NoWorkers(BaristaError):
@@ -79,18 +80,21 @@ class ParallelPool:
         self._num_experts = max(spec.num_experts for spec in model.layers.values())
         if any(spec.num_experts != self._num_experts for spec in model.layers.values()):
             raise ConfigError("The model's layers have different numbers of experts.", "Use --workers on the CPU.")
+        if len(config.workers) > self._num_experts:
+            raise ConfigError(
+                f"{len(config.workers)} workers for {self._num_experts} experts of a layer.",
+                f"Give --workers {self._num_experts} or fewer.",
+            )
         self._library = library_for(config.engine)
         if config.engine.type == "cuda":
-            check_peers(self._library, [device.index or 0 for device in (config.engine, *config.workers)])
+            check_peers(self._library, config.engine.index or 0, [device.index or 0 for device in config.workers])
         self._memory = memory_for(config.engine, self._library)
-        self._folder = tempfile.TemporaryDirectory(prefix="barista-")
-        self._file = Path(self._folder.name) / "model.json"
-        self._file.write_text(model.to_json())
         self._workers: list[tuple[WorkerProcess, torch.device]] = []
         self._rank: Rank | None = None
         self._windows: list[Block] = []
         self._transport: CudaTransport | None = None
-        self._lost_in_step = ""
+        self._in_vain = 0  # steps in a row that were lost though nobody was
+        self._has_served = False
         self._windows_lock = threading.Lock()  # they are aborted from the threads that watch the workers
         self.generation = 0
         self.capturable = config.engine.type == "cuda"
@@ -99,7 +103,7 @@ class ParallelPool:
         """Start the workers and load the experts. Raises ConfigError, WorkerRefused for one that cannot hold its share,
         and NoWorkers."""
         self._workers = [
-            (WorkerProcess(f"worker-{i}", self._file, self._config.threads, self._abort), device)
+            (WorkerProcess(f"worker-{i}", self._model, self._config.threads, self._abort), device)
             for i, device in enumerate(self._config.workers)
         ]
         _, lost = self._answers("start", START_SECONDS)
@@ -111,19 +115,19 @@ class ParallelPool:
         """Have every worker run one step, whose layers have at most num_tokens tokens. Before the first layer."""
         tokens = min(padded_tokens(num_tokens), self._config.max_tokens)
         for worker, _ in self._workers:
-            try:
-                worker.tell({"do": "step", "tokens": tokens})
-            except WorkerLost as lost:
-                self._lost_in_step = str(lost)
+            self._tell(worker, {"do": "step", "tokens": tokens})
 
     def prepare(self) -> None:
-        """Leave the workers whose GPUs have become unfit. Between two steps. Raises NoWorkers if no others are left."""
+        """Between two steps: leave the workers that have gone, and those whose GPUs have become unfit.
+
+        Raises NoWorkers if no others are left.
+        """
         unfit = self._config.unfit()
-        left = [worker for worker, device in self._workers if device.index in unfit]
+        left = [worker for worker, device in self._workers if device.index in unfit or not worker.alive]
         for worker in left:
-            log.warning("%s is left: its GPU must not be used any more.", worker.name)
+            log.warning("%s is left: %s.", worker.name, "its GPU is unfit" if worker.alive else "it has gone")
             self._drop(worker)
-        if left:
+        if left or self._transport is None:
             self._make_group()
 
     def dispatch(self, batch: DispatchBatch) -> Ticket:
@@ -139,16 +143,26 @@ class ParallelPool:
     def settle(self) -> bool:
         """After a step, once it has been waited for: whether it counts. If not, there is a new group to run it again.
 
-        Raises NoWorkers when none is left; RuntimeError for a top-k id that is no expert, which is a mistake of ours.
+        Raises NoWorkers when none is left, or those that are left do not come time after time; RuntimeError for a top-k
+        id that is no expert, which is a mistake of ours.
         """
         assert self._rank is not None
         status = int(self._rank.status)
-        if not status and not self._lost_in_step and all(worker.alive for worker, _ in self._workers):
+        if not status:
+            self._in_vain = 0
             return True
         if status & (BAD_ID | OVERFLOW):
             raise RuntimeError(f"the kernels refused what the engine routed (status {status})")
-        log.warning("A worker of the GPU group was lost in a step, which is computed again with a new group.")
+        log.warning("A rank of the GPU group did not come in a step, which is computed again with a new group.")
+        before = len(self._workers)
         self._make_group()
+        self._in_vain = 0 if len(self._workers) < before else self._in_vain + 1
+        if self._in_vain > MAX_IN_VAIN:
+            raise NoWorkers(
+                f"Every worker answers, but {self._in_vain} steps in a row were not finished within "
+                f"{self._config.timeout:g} s a layer.",
+                "Look at the workers' lines above and at their GPUs (nvidia-smi).",
+            )
         return False
 
     @property
@@ -163,13 +177,12 @@ class ParallelPool:
             worker.end()
         self._workers = []
         self._drop_windows()
-        self._folder.cleanup()
 
     def _abort(self) -> None:
         """End the waits of every rank. From any thread; harmless when there are none."""
         with self._windows_lock, on_device(self._config.engine):
             for window in self._windows:
-                self._library.call("ep_window_abort", window.address)
+                self._quietly(functools.partial(self._library.call, "ep_window_abort", window.address))
 
     def _make_group(self) -> None:
         """A group of all workers that answer, every expert on one of them; repeated while some are lost meanwhile."""
@@ -182,8 +195,6 @@ class ParallelPool:
             if not self._workers:
                 raise NoWorkers("No worker of the GPU group is left.", "The lines above say how they were lost.")
             if self._try_group():
-                self.generation += 1
-                self._lost_in_step = ""
                 return
 
     def _try_group(self) -> bool:
@@ -196,12 +207,13 @@ class ParallelPool:
         answers, lost = self._answers("load", LOAD_SECONDS)
         if lost:
             return False
-        theirs = [answer["window"] for answer in answers]
-        self._open_windows(self._rank, theirs)
-        self._tell_all({"do": "join", "windows": [self._rank.window.handle.hex(), *theirs]})
+        self._open_windows(self._rank, [(bytes.fromhex(answer["window"]), answer["size"]) for answer in answers])
+        own = self._rank.window
+        self._tell_all({"do": "join", "engine": own.handle().hex(), "size": own.size})
         if self._answers("join", START_SECONDS)[1]:
             return False
         self._transport = CudaTransport(Ranks(self._library, [self._rank]))
+        self._has_served = True
         log.info("GPU group: %d experts of a layer on %d workers.", self._num_experts, len(self._workers))
         return True
 
@@ -217,15 +229,16 @@ class ParallelPool:
             top_k=self._model.top_k,
             hidden_size=self._model.hidden_size,
             max_tokens=config.max_tokens,
-            max_rows=pairs,  # the engine alone sends
+            max_rows=pairs,
+            num_sources=1,  # the engine alone sends
             dtype=getattr(torch, self._model.dtype),
             wire=config.wire,
             combine=config.combine,
         )
         return shape, experts
 
-    def _open_windows(self, rank: Rank, handles: list[str]) -> None:
-        opened = [self._memory.open(bytes.fromhex(handle), rank.window_size) for handle in handles]
+    def _open_windows(self, rank: Rank, theirs: list[tuple[bytes, int]]) -> None:
+        opened = [self._memory.open(handle, size) for handle, size in theirs]
         with self._windows_lock:
             self._windows = [rank.window, *opened]
         rank.join(self._windows)
@@ -233,7 +246,7 @@ class ParallelPool:
     def _answers(self, order: str, seconds: float) -> tuple[list[dict[str, Any]], list[str]]:
         """The workers' answers to an order in their order, and what happened to the others, which are dropped.
 
-        Raises WorkerRefused.
+        Raises WorkerRefused while the first group is made; later on, one that refuses is as good as lost.
         """
         deadline = time.monotonic() + seconds
         answers: list[dict[str, Any]] = []
@@ -241,7 +254,9 @@ class ParallelPool:
         for worker, _ in list(self._workers):
             try:
                 answers.append(worker.answer(order, deadline))
-            except WorkerLost as error:
+            except (WorkerLost, WorkerRefused) as error:
+                if isinstance(error, WorkerRefused) and not self._has_served:
+                    raise
                 log.warning("%s.", error)
                 lost.append(str(error))
                 self._drop(worker)
@@ -261,10 +276,20 @@ class ParallelPool:
         self._workers = [(other, device) for other, device in self._workers if other is not worker]
 
     def _drop_windows(self) -> None:
+        """Nothing that was captured with them may run again."""
+        self._transport = None
+        self.generation += 1
         with self._windows_lock:
             for window in self._windows[1:]:
-                window.close()
+                self._quietly(window.close)
             self._windows = []
         if self._rank is not None:
-            self._rank.close()
+            self._quietly(self._rank.close)
             self._rank = None
+
+    def _quietly(self, call: Callable[[], object]) -> None:
+        """What fails for one window, such as that of a process that has died, must not keep the others from it."""
+        try:
+            call()
+        except KernelError as error:
+            log.warning("%s", error)

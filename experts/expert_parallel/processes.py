@@ -12,10 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from barista.errors import BaristaError
+from experts.expert_model import ExpertModel
 
 STOP_SECONDS = 5.0
 
@@ -33,14 +33,16 @@ class WorkerRefused(BaristaError):
 class WorkerProcess:
     """One worker, from its start until `end`. name: worker-0. on_death: called, from a thread, when it has ended."""
 
-    def __init__(self, name: str, model: Path, threads: int, on_death: Callable[[], None]) -> None:
+    def __init__(self, name: str, model: ExpertModel, threads: int, on_death: Callable[[], None]) -> None:
         self.name = name
-        command = [sys.executable, "-m", "experts.expert_parallel.worker", str(model), str(threads)]
+        command = [sys.executable, "-m", "experts.expert_parallel.worker", str(threads)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._unread = b""
         self._ending = False
         self._watch = threading.Thread(target=self._wait, args=(on_death,), name=f"watch-{name}", daemon=True)
         self._watch.start()
+        with contextlib.suppress(WorkerLost):  # which is found out when it does not answer
+            self.tell(json.loads(model.to_json()))
 
     @property
     def pid(self) -> int:
@@ -95,13 +97,17 @@ class WorkerProcess:
             self._process.kill()
         with contextlib.suppress(OSError):  # it had gone with an order unread
             self._process.stdin.close()
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
+        if not self._has_ended():
             self._process.kill()
-            self._process.wait()
+            if not self._has_ended():  # its GPU's driver keeps it
+                log.warning("%s (process %d) cannot be ended, and is left behind.", self.name, self.pid)
         self._process.stdout.close()
-        self._watch.join()
+        self._watch.join(STOP_SECONDS)
+
+    def _has_ended(self) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_SECONDS)
+        return not self.alive
 
     def _wait(self, on_death: Callable[[], None]) -> None:
         self._process.wait()

@@ -21,6 +21,7 @@ from experts.expert_parallel.structs import (
     DISPATCH,
     GROUP,
     MAX_LOCAL_RANKS,
+    MAX_RANKS,
     RankStruct,
     StateStruct,
 )
@@ -32,8 +33,8 @@ class Rank:
     """One rank. Its tensors are on `device`; so is its window.
 
     expert_rows: what `expand` fills, [max_rows, hidden] in the group's dtype. expert_ends: [max_local_experts] int32,
-    where each local expert's rows end. out: [max_rows, hidden], the part of the window that their results belong in.
-    slots, ordinals: as in cuda/ep.h. keep_fp8: expert_rows stay e4m3, with expert_scales [max_rows, hidden / 128].
+    where each local expert's rows end. slots, ordinals: as in cuda/ep.h. keep_fp8: expert_rows stay e4m3, with
+    expert_scales [max_rows, hidden / 128].
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class Rank:
             )
         self._struct_of_shape = shape.struct()
         total, self._offsets = library.window_bytes(self._struct_of_shape)
-        self.window = memory.create(total)
-        library.call("ep_window_format", self.window.address, ctypes.byref(self._struct_of_shape))
+        # Nobody sends to a rank without experts.
+        size = total if self.num_local_experts or shape.to_all else int(self._offsets.experts)
+        self.window = memory.create(size)
+        library.call("ep_window_format", self.window.address, size, ctypes.byref(self._struct_of_shape))
         self._map = torch.tensor([experts.ranks, experts.indices], dtype=torch.int32, device=device)
         self._state = torch.zeros(ctypes.sizeof(StateStruct) // 4, dtype=torch.int32, device=device)
         self.slots = self._empty(shape.max_tokens, shape.num_ranks)
@@ -74,8 +77,6 @@ class Rank:
         self.expert_rows = torch.zeros(local_rows, shape.hidden_size, dtype=row_dtype, device=device)
         self.expert_scales = torch.zeros(local_rows, shape.hidden_size // GROUP, device=device) if keep_fp8 else None
         self.expert_ends = torch.zeros(shape.max_local_experts, dtype=torch.int32, device=device)
-        values = self.window.tensor()[self._offsets.out :][: shape.rows * shape.hidden_size * shape.dtype.itemsize]
-        self.out = values.view(shape.dtype).view(shape.rows, shape.hidden_size)
         self.struct = RankStruct(
             size=ctypes.sizeof(RankStruct),
             rank=rank,
@@ -92,26 +93,27 @@ class Rank:
             expert_ends=self.expert_ends.data_ptr(),
         )
         self._kept: tuple[Tensor, ...] = ()
+        self._results: Tensor | None = None
 
     def _empty(self, *size: int) -> Tensor:
         return torch.full(size, -1, dtype=torch.int32, device=self.device)
 
-    @property
-    def window_size(self) -> int:
-        """Bytes of every rank's window."""
-        return int(self._offsets.total)
+    def join(self, windows: Sequence[Block | None]) -> None:
+        """The group's windows in order of the ranks, its own among them. All ranks are at epoch 0 from now on.
 
-    def join(self, windows: Sequence[Block]) -> None:
-        """The group's windows in order of the ranks, its own among them. Every rank lives from now on, at epoch 0."""
-        if len(windows) != self.shape.num_ranks or windows[self.rank].address != self.window.address:
+        None: a rank that this one has nothing to do with, as two owners have; it neither tells it anything nor waits.
+        """
+        own = windows[self.rank] if len(windows) == self.shape.num_ranks else None
+        if own is None or own.address != self.window.address:
             raise ConfigError(f"{len(windows)} windows for a group of {self.shape.num_ranks}.", "Give each rank's.")
+        alive = 0
         for rank, window in enumerate(windows):
-            self.struct.windows[rank] = window.address
-        self._state.copy_(torch.tensor([ctypes.sizeof(StateStruct), 0, (1 << self.shape.num_ranks) - 1, 0] + [0] * 32))
+            self.struct.windows[rank] = (window or own).address
+            alive |= (window is not None) << rank
+        self._state.copy_(torch.tensor([ctypes.sizeof(StateStruct), 0, alive, 0] + [0] * 2 * MAX_RANKS))
 
     def close(self) -> None:
         """Give the window's memory back. Nobody may use the rank, or its window, afterwards."""
-        del self.out
         self.window.close()
 
     def feed(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,13 +148,16 @@ class Rank:
         self.struct.output, self.struct.failed = pointers[3:]
         return output, failed
 
+    def results(self, rows: Tensor) -> None:
+        """What the experts made of expert_rows, for `collect`: [expert_ends[-1] or more, hidden] in its dtype."""
+        assert rows.dtype is self.shape.dtype
+        assert rows.is_contiguous()
+        self._results = rows
+        self.struct.expert_results = rows.data_ptr()
+
     def state(self) -> StateStruct:
         """What the kernels keep; on a GPU this waits for them."""
         return StateStruct.from_buffer_copy(self._state.cpu().numpy().tobytes())
-
-    def clear_status(self) -> None:
-        """Forget what went wrong; who is alive stays."""
-        self._state[3] = 0
 
     @property
     def status(self) -> Tensor:
@@ -185,6 +190,10 @@ class Ranks:
         """Fill expert_rows and expert_ends."""
         self._run("ep_expand", stream)
 
+    def collect(self, stream: int = 0) -> None:
+        """Put what was given to `results` where the sources read it."""
+        self._run("ep_collect", stream)
+
     def reduce(self, stream: int = 0) -> None:
         """With combine "partial": sum up this owner's rows of each token."""
         self._run("ep_reduce", stream)
@@ -205,7 +214,8 @@ class Ranks:
         self.expand(stream)
 
     def receive(self, stream: int = 0) -> None:
-        """A layer's second half: from `out` to output."""
+        """A layer's second half: from `results` to output."""
+        self.collect(stream)
         if self.ranks[0].shape.combine == "partial":
             self.reduce(stream)
         self.sync_combine(stream)

@@ -20,11 +20,11 @@ _UNIT_BYTES = 16
 class GroupShape:
     """What all ranks of a group agree on.
 
-    max_tokens: that a rank sends in one layer. max_rows: expert rows that a rank takes in one layer, None for as many
-    as could ever come. dtype: of hidden states and of expert rows. wire: how rows travel to the experts, "fp8" being
-    e4m3 with a float32 scale for 128 channels. combine: "exact" brings each (token, k) row back, "partial" one sum for
-    each owner. to_all: every token to every rank, the all-gather that is measured against. alignment: of each expert's
-    rows.
+    num_sources: how many ranks, the first ones, may have tokens; None for all. max_tokens: that one sends in one layer.
+    max_rows: expert rows that a rank takes in one layer, None for as many as could ever come. dtype: of hidden states
+    and of expert rows. wire: how rows travel to the experts, "fp8" being e4m3 with a float32 scale for 128 channels.
+    combine: "exact" brings each (token, k) row back, "partial" one sum for each owner. to_all: every token to every
+    rank, the all-gather that is measured against. alignment: of each expert's rows.
 
     Raises ConfigError for what the kernels do not take.
     """
@@ -36,6 +36,7 @@ class GroupShape:
     hidden_size: int
     max_tokens: int
     max_rows: int | None = None
+    num_sources: int | None = None
     dtype: torch.dtype = torch.bfloat16
     wire: Literal["values", "fp8"] = "values"
     combine: Literal["exact", "partial"] = "exact"
@@ -49,6 +50,7 @@ class GroupShape:
         self._check("top_k", self.top_k, min(MAX_TOP_K, self.num_experts))
         self._check("hidden_size", self.hidden_size, 1 << 16)
         self._check("max_tokens", self.max_tokens, 1 << 20)
+        self._check("num_sources", self.sources, self.num_ranks)
         self._check("alignment", self.alignment, 1 << 10)
         if self.dtype not in _VALUES:
             raise ConfigError(f"dtype is {self.dtype}.", "The expert-parallel kernels take float32 and bfloat16.")
@@ -76,11 +78,16 @@ class GroupShape:
             raise ConfigError(f"{name} is {value}.", f"The expert-parallel kernels take 1 to {most}.")
 
     @property
+    def sources(self) -> int:
+        """Ranks that may have tokens."""
+        return self.num_ranks if self.num_sources is None else self.num_sources
+
+    @property
     def rows(self) -> int:
-        """max_rows, or the rows of the worst layer: every token of every rank chooses as many of one rank as it can."""
+        """max_rows, or the rows of the worst layer: all tokens of all sources choose as many of one rank as can be."""
         if self.max_rows is not None:
             return self.max_rows
-        pairs = self.num_ranks * self.max_tokens * min(self.top_k, self.max_local_experts)
+        pairs = self.sources * self.max_tokens * min(self.top_k, self.max_local_experts)
         padding = min(self.max_local_experts, pairs) * (self.alignment - 1)
         return -(-(pairs + padding) // self.alignment) * self.alignment
 
@@ -100,6 +107,7 @@ class GroupShape:
             combine=int(self.combine == "partial"),
             routing=int(self.to_all),
             alignment=self.alignment,
+            num_sources=self.sources,
         )
 
 

@@ -38,7 +38,7 @@ class ShapeStruct(ctypes.Structure):
             "combine",
             "routing",
             "alignment",
-            "reserved",
+            "num_sources",
         )
     )
 
@@ -101,4 +101,5 @@ class RankStruct(ctypes.Structure):
         ("expert_rows", pointer),
         ("expert_scales", pointer),
         ("expert_ends", pointer),
+        ("expert_results", pointer),
     )

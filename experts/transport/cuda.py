@@ -70,9 +70,11 @@ class WorkerStep:
             torch.empty(0, shape.top_k, dtype=torch.int32, device=device),
             torch.empty(0, shape.top_k, device=device),
         )
+        ranks.route(_stream(device))  # once and for all: no token, and so no row for anybody
         self._may_capture = may_capture
         self._has_run: set[int] = set()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._memory = torch.cuda.graph_pool_handle() if may_capture else None  # one graph alone runs at a time
 
     def run(self, num_tokens: int) -> None:
         """One step, in which the engine sends at most num_tokens tokens in a layer."""
@@ -82,9 +84,11 @@ class WorkerStep:
             self._has_run.add(rows)
             return
         if rows not in self._graphs:
-            self._graphs[rows] = graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: another thread may abort the group meanwhile.
+            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
                 self._run(rows)
+            self._graphs[rows] = graph
         self._graphs[rows].replay()
 
     def _rows_of(self, num_tokens: int) -> int:
@@ -96,9 +100,9 @@ class WorkerStep:
     def _run(self, rows: int) -> None:
         stream, rank = _stream(self._rank.device), self._rank
         for experts in self._layers:
-            self._ranks.send(stream)
-            if rank.num_local_experts:
-                rank.out[:rows].copy_(experts(rank.expert_rows[:rows], rank.expert_ends[: rank.num_local_experts]))
+            self._ranks.sync_dispatch(stream)
+            self._ranks.expand(stream)
+            rank.results(experts(rank.expert_rows[:rows], rank.expert_ends[: rank.num_local_experts]))
             self._ranks.receive(stream)
 
 

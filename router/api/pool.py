@@ -85,7 +85,8 @@ def _commanded(service: Service, request: Request) -> PoolClient:
         )
     if service.pool is None:
         raise InvalidRequest(
-            "This server serves with the experts in the engine. Start it with --workers N for a pool of workers.",
+            "This server has no pool: its experts are in the engine, or on workers of its own on GPUs. Start it with "
+            "--workers N, on CPUs, for a pool.",
             code="no_workers",
         )
     return service.pool

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from barista.errors import InvalidRequest, RequestError
+from experts.expert_parallel.pool import NoWorkers
 from experts.residency import Residency
 from router.engine.pool_stats import pool_stats
 from router.messages import ExpertCacheStats, Failed, ModelInfo, Stats, StepEvents, Submit, Token
@@ -128,9 +129,9 @@ class Engine:
         """Compute a step. If that raises, its requests fail and the others go on; raises when it keeps happening."""
         try:
             tokens = self._compute(plan)
-        except Exception:
+        except Exception as error:
             self._failed_steps += 1
-            if self._failed_steps >= MAX_FAILED_STEPS:
+            if self._failed_steps >= MAX_FAILED_STEPS or isinstance(error, NoWorkers):
                 raise
             log.exception("A step of %d tokens failed; its %d requests end.", plan.num_tokens, len(plan.chunks))
             for chunk in plan.chunks:

@@ -13,7 +13,7 @@ import torch
 
 from experts.checkpoint import open_checkpoint
 from experts.expert_parallel.group_pool import GroupPool
-from experts.expert_parallel.pool import GroupConfig
+from experts.expert_parallel.pool import GroupConfig, NoWorkers
 from router.model.load import Model, load_model
 from tests import tiny
 from tests.device_models import CPU, device_model, run_again
@@ -98,6 +98,30 @@ def test_a_lost_worker_costs_no_token_and_no_count(directory: Path, how: signal.
     assert torch.equal(torch.tensor(counts), 2 * before)
 
 
+def test_what_was_captured_with_a_lost_worker_is_captured_anew(directory: Path) -> None:
+    """On a GPU a replay would write to memory that has been given back."""
+    captured = []
+
+    def capture(run: Callable[[], None], before: Callable[[], None]) -> Callable[[], None]:
+        group = len(set(captured))
+        captured.append(pool.prepare())
+
+        def replay() -> None:
+            assert captured[-1] == pool.prepare(), f"captured for group {group}"
+            run()
+
+        return replay
+
+    with on_group(directory, (CPU,) * 2, capture=capture) as (model, pool):
+        stepping(model, lambda step: os.kill(pool.worker_pids[-1], signal.SIGKILL) if step == 4 else None)
+    assert len(set(captured)) == 2
+
+
+def test_an_engine_without_workers_ends(directory: Path) -> None:
+    with on_group(directory, (CPU,)) as (model, pool), pytest.raises(NoWorkers):
+        stepping(model, lambda step: os.kill(pool.worker_pids[0], signal.SIGKILL) if step == 2 else None)
+
+
 def test_a_worker_whose_gpu_falls_ill_is_left_between_two_steps(directory: Path) -> None:
     unfit: set[int] = set()
     devices = CPU, torch.device("cpu", 0), CPU  # of three workers, one has a device with an index
@@ -110,7 +134,7 @@ def test_a_worker_whose_gpu_falls_ill_is_left_between_two_steps(directory: Path)
     assert not ours.failed
 
 
-def test_fp8_experts_are_packed_once_and_read_by_every_worker(directory: Path) -> None:
+def test_workers_read_the_fp8_experts_that_the_engine_has_packed(directory: Path) -> None:
     alone = answer(engine_on(device_model(directory, weight_format="fp8"), budget=BUDGET), SUBMITS)
     with on_group(directory, (CPU,) * 2, weight_format="fp8") as (model, _):
         ours, _ = stepping(model, lambda step: None)

@@ -71,7 +71,7 @@ def step(
     return torch.stack(outputs)
 
 
-def test_the_bytes_do_not_depend_on_the_number_of_workers_and_are_the_models(model: ExpertModel) -> None:
+def test_the_bytes_do_not_depend_on_the_number_of_workers_and_the_rows_are_the_models(model: ExpertModel) -> None:
     with pool_of(model, 1) as one, pool_of(model, 3) as three:
         for seed in range(3):
             alone, spread = step(one, model, seed), step(three, model, seed)
@@ -118,6 +118,59 @@ def test_without_any_worker_the_engine_is_told(model: ExpertModel) -> None:
         step(pool, model)
         with pytest.raises(NoWorkers):
             pool.settle()
+
+
+def test_a_worker_that_has_gone_between_two_steps_costs_none(model: ExpertModel) -> None:
+    with pool_of(model, 2, timeout=3600.0) as pool:
+        wanted = step(pool, model)
+        assert pool.settle()
+        os.kill(pool.worker_pids[0], signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while len(pool.worker_pids) == 2:
+            assert time.monotonic() < deadline
+            pool.prepare()
+        assert same(step(pool, model), wanted)
+        assert pool.settle()
+
+
+def test_a_worker_that_fails_in_a_step_ends_and_is_left(model: ExpertModel, tmp_path: Path) -> None:
+    with pool_of(model, 2, timeout=3600.0) as pool:
+        wanted = step(pool, model)
+        assert pool.settle()
+        victim = pool._workers[1][0]
+        victim.tell({"do": "step", "tokens": "many"})  # no number: it raises before it takes part
+        step(pool, model)
+        assert not pool.settle()
+        assert victim.pid not in pool.worker_pids
+        assert same(step(pool, model), wanted)
+        assert pool.settle()
+
+
+def test_workers_that_answer_but_never_come_are_not_waited_for_for_ever(model: ExpertModel) -> None:
+    with pool_of(model, 1, timeout=0.2) as pool:
+        experts = ExpertPool(pool, max(model.layers) + 1, 4)
+        for _ in range(2):
+            experts.begin(0, 0, *inputs(model)).wait()  # of a step that no worker was told of
+            assert not pool.settle()
+        experts.begin(0, 0, *inputs(model)).wait()
+        with pytest.raises(NoWorkers, match="3 steps in a row"):
+            pool.settle()
+
+
+def test_after_the_last_worker_every_step_says_so(model: ExpertModel) -> None:
+    with pool_of(model, 1) as pool:
+        os.kill(pool.worker_pids[0], signal.SIGKILL)
+        step(pool, model)
+        with pytest.raises(NoWorkers):
+            pool.settle()
+        with pytest.raises(NoWorkers):
+            pool.prepare()
+
+
+def test_more_workers_than_experts_are_refused_before_any_starts(model: ExpertModel) -> None:
+    with pytest.raises(ConfigError, match="5 workers for 4 experts") as refused:
+        ParallelPool(model, GroupConfig(engine=CPU, workers=(CPU,) * 5, max_tokens=TOKENS))
+    assert "--workers 4" in refused.value.remedy
 
 
 def test_more_tokens_than_the_windows_have_room_for_are_refused_and_nothing_else_is_disturbed(

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("msgspec", reason="the engine's packages are not installed: pip install msgspec")
+pytest.importorskip("msgspec")
+pytest.importorskip("grpc")
+pytest.importorskip("tokenizers")
+pytest.importorskip("safetensors")
+pytest.importorskip("transformers")
 
 from experts import kernels
 from experts.checkpoint import open_checkpoint
@@ -130,6 +134,7 @@ def test_a_graph_counts_the_tokens_of_experts_at_each_replay(tmp_path: Path) -> 
     assert counts[0] == counts[1]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.usefixtures("hopper")
 def test_a_decode_step_never_waits_for_the_gpu(tmp_path: Path) -> None:
     """Until its logits are copied."""
@@ -143,8 +148,8 @@ def strictly(run: Callable[[], None], before: Callable[[], None]) -> Callable[[]
     """A Capture that runs again, and raises where that waits for the GPU."""
 
     def replay() -> None:
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault(
-    "CUDA_DEVICE_MAX_CONNECTIONS", "32"
-)  # as many queues as ranks have streams; read when CUDA starts
-
 import pytest
 import torch
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+
 from hypothesis import given, settings
 
 from experts.expert_parallel.machine import cuda_library
@@ -40,17 +40,17 @@ def test_every_window_and_every_output_has_the_bytes_of_the_twin(
     case: tuple[GroupShape, ExpertMap, list[Tokens]],
 ) -> None:
     shape, experts, tokens = case
-    gpu, cpu = on_gpu(shape, experts), Group(shape, experts)
-    for _ in range(2):
-        answers, wanted = gpu.layer(tokens), cpu.layer(tokens)
-        torch.cuda.synchronize()
-        for (output, failed), (wanted_output, wanted_failed) in zip(answers, wanted, strict=True):
-            assert same(output.cpu(), wanted_output)
-            assert torch.equal(failed.cpu(), wanted_failed)
-        for ours, theirs in zip(gpu.ranks, cpu.ranks, strict=True):
-            assert torch.equal(ours.window.tensor().cpu(), theirs.window.tensor())
-            assert torch.equal(ours.expert_ends.cpu(), theirs.expert_ends)
-    gpu.close()
+    with contextlib.closing(on_gpu(shape, experts)) as gpu:
+        cpu = Group(shape, experts)
+        for _ in range(2):
+            answers, wanted = gpu.layer(tokens), cpu.layer(tokens)
+            torch.cuda.synchronize()
+            for (output, failed), (wanted_output, wanted_failed) in zip(answers, wanted, strict=True):
+                assert same(output.cpu(), wanted_output)
+                assert torch.equal(failed.cpu(), wanted_failed)
+            for ours, theirs in zip(gpu.ranks, cpu.ranks, strict=True):
+                assert torch.equal(ours.window.tensor().cpu(), theirs.window.tensor())
+                assert torch.equal(ours.expert_ends.cpu(), theirs.expert_ends)
 
 
 @pytest.mark.parametrize("wire", ["values", "fp8"])
@@ -116,7 +116,7 @@ def test_a_layer_in_a_graph_replays_on_new_tokens() -> None:
         stream = torch.cuda.current_stream().cuda_stream
         group.together.send(stream)
         for rank in group.ranks:
-            rank.out.copy_(rank.expert_rows * 2)
+            rank.results(rank.expert_rows * 2)
         group.together.receive(stream)
     for replay in range(1, 6):
         tokens = draw()
@@ -151,10 +151,11 @@ def test_a_rank_that_never_comes_is_given_up() -> None:
 
 def test_an_abort_ends_a_wait_that_has_begun() -> None:
     shape = GroupShape(num_ranks=2, num_experts=2, max_local_experts=1, top_k=1, hidden_size=8, max_tokens=2)
-    group = on_gpu(shape, ExpertMap.of([0, 1], 2), timeout=3600.0)
+    group = on_gpu(shape, ExpertMap.of([0, 1], 2), timeout=20.0)
     alone = Ranks(group.library, group.ranks[:1])
     ids = torch.tensor([[0], [1]], dtype=torch.int32)
     tokens = Tokens(torch.randn(2, 8).to(torch.bfloat16), ids, torch.ones(2, 1))
+    group.layer([tokens] * 2)  # so that every kernel is loaded: that may have to wait for those that run
     group.feed([tokens] * 2)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -165,14 +166,22 @@ def test_an_abort_ends_a_wait_that_has_begun() -> None:
     group.close()
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not on PATH")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "tests.gpu.small_cycles"]
+    # Our kernels alone, and not the calls of libraries that look what a driver has.
+    options = ["--report-api-errors", "no", "--kernel-name", "kernel_substring=ep_launch", "--error-exitcode", "9"]
+    command = [sanitizer, "--tool", tool, *options, sys.executable, "-m", "tests.gpu.small_cycles"]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=300, cwd=Path(__file__).parents[2]
+        command,
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # each tensor is memory of its own
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=Path(__file__).parents[2],
     )
     if "Device not supported" in done.stdout + done.stderr:
         pytest.skip("compute-sanitizer does not support this device")

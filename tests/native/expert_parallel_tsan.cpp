@@ -37,6 +37,7 @@ ep_shape shape_of_group() {
     shape.hidden = kHidden;
     shape.value = EP_FLOAT32;
     shape.alignment = 1;
+    shape.num_sources = kRanks;
     return shape;
 }
 
@@ -92,7 +93,7 @@ int main(int argc, char** argv) {
     std::vector<uint8_t*> windows;
     for (uint32_t r = 0; r < kRanks; ++r) {
         windows.push_back(static_cast<uint8_t*>(std::aligned_alloc(128, ep_align(bytes))));
-        ep_window_format(windows[r], &shape);
+        ep_window_format(windows[r], bytes, &shape);
     }
     std::vector<Member> members(kRanks);
     for (uint32_t r = 0; r < kRanks; ++r) {

@@ -80,11 +80,12 @@ class Group:
     def compute(self, expert: Expert = an_expert) -> None:
         """Every rank's experts on what has come."""
         for rank in self.ranks:
-            start = 0
+            start, results = 0, torch.zeros(rank.expert_rows.shape, dtype=self.shape.dtype, device=self.device)
             for local, name in enumerate(self.experts.local(rank.rank)):
                 end = int(rank.expert_ends[local])
-                rank.out[start:end] = expert(name, rank.expert_rows[start:end])
+                results[start:end] = expert(name, rank.expert_rows[start:end])
                 start = end
+            rank.results(results)
 
 
 def expected(

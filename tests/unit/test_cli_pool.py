@@ -65,7 +65,9 @@ def test_status_as_json_is_json_alone(url: str) -> None:
 
 def test_without_workers_status_says_where_the_experts_are() -> None:
     with served(fake_app()) as url:
-        assert barista("status", "--url", url).stdout == "The experts are in the engine: there are no workers.\n"
+        assert barista("status", "--url", url).stdout == (
+            "There is no pool: the experts are in the engine, or on workers of its own on GPUs.\n"
+        )
         assert json.loads(barista("status", "--json", "--url", url).stdout)["workers"] == []
 
 

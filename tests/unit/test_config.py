@@ -57,6 +57,7 @@ def test_a_gpu_holds_a_whole_model(weight_format: str) -> None:
         ({"format": "mxfp4"}, "format is mxfp4"),
         ({"pool": "house"}, "pool is house: pools compute on CPUs alone"),
         ({"controller": "host:1"}, "controller is host:1: pools compute on CPUs alone"),
+        ({"workers": 16}, "workers is 16, but an engine on GPUs has at most 15"),
         ({"workers": 2, "redundancy": 3}, "redundancy is 3, but workers on GPUs have no such setting"),
         ({"workers": 2, "transport": "shm"}, "transport is shm, but workers on GPUs"),
         ({"expert_memory": 10**9}, "expert_memory is 1000000000"),

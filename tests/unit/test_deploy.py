@@ -398,11 +398,11 @@ def test_the_order_names_engines_and_port() -> None:
     [
         (["deploy", "--pool", "bar", "--workers", "2"], "--ray"),
         (["deploy", "--ray", "http://x", "--workers", "2"], "pool None"),
-        (["engine", "--workers", "2"], "barista engine starts no workers"),
+        (["engine", "--workers", "2"], "barista engine starts no pool of workers"),
         (["engine", "--host", "0.0.0.0"], "without encryption"),
         (["serve", "--engines", "nonsense"], "engines is 'nonsense'"),
         (["serve", "--engines", "a:1", "--workers", "2"], "workers is 2, but the engines run elsewhere"),
-        (["serve", "--tls-dir", "x"], "tls_dir is x, but there are no workers"),
+        (["serve", "--tls-dir", "x"], "tls_dir is x, but there is no pool of workers"),
         (["drain"], "name a WORKER"),
         (["drain", "worker-1", "--node"], "name a WORKER"),
     ],

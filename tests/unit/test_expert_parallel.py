@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from barista.errors import ConfigError
 from experts.expert_parallel.library import KernelError
+from experts.expert_parallel.memory import Block
 from experts.expert_parallel.rank import Ranks
 from experts.expert_parallel.shape import ExpertMap, GroupShape
 from experts.expert_parallel.structs import ABORTED, BAD_ID, OVERFLOW, TIMED_OUT, UNREACHABLE
@@ -58,8 +59,10 @@ def test_all_tokens_may_go_to_one_expert(dtype: torch.dtype, wire: str) -> None:
         assert not failed.any()
 
 
-def test_an_engine_without_experts_has_workers_without_tokens() -> None:
-    shape = GroupShape(num_ranks=4, num_experts=10, max_local_experts=4, top_k=3, hidden_size=64, max_tokens=17)
+@pytest.mark.parametrize("num_sources", [None, 1])
+def test_an_engine_without_experts_has_workers_without_tokens(num_sources: int | None) -> None:
+    shape = GroupShape(num_ranks=4, num_experts=10, max_local_experts=4, top_k=3, hidden_size=64, max_tokens=17,
+                       num_sources=num_sources)  # fmt: skip
     experts = ExpertMap.even(10, [1, 2, 3], 4)
     generator = torch.Generator().manual_seed(1)
     tokens = [random_tokens(generator, n, 64, 10, 3, torch.bfloat16) for n in (17, 0, 0, 0)]
@@ -129,8 +132,6 @@ def test_an_id_that_nobody_computes_fails_its_token_and_is_told(bad: int, status
     assert failed.tolist() == [0, 1, 0]
     assert not output[1].any()
     assert group.ranks[0].state().status == status
-    group.ranks[0].clear_status()
-    assert group.ranks[0].state().status == 0
 
 
 def test_more_expert_rows_than_there_is_room_for_fail_their_tokens_and_are_told() -> None:
@@ -243,6 +244,7 @@ GOOD = {"num_ranks": 2, "num_experts": 4, "max_local_experts": 2, "top_k": 2, "h
         ({"to_all": True}, "to_all"),
         ({"max_rows": 3, "alignment": 2}, "max_rows is 3"),
         ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"num_sources": 3}, "num_sources is 3"),
     ],
 )
 def test_a_shape_that_the_kernels_do_not_take_is_refused_by_name(wrong: dict[str, object], names: str) -> None:
@@ -254,7 +256,7 @@ def test_a_shape_that_the_kernels_do_not_take_is_refused_by_name(wrong: dict[str
 
 def test_the_kernels_take_every_shape_that_is_not_refused() -> None:
     group = Group(GroupShape(**GOOD), ExpertMap.even(4, [0, 1], 2))
-    assert group.ranks[0].window_size > 0
+    assert group.ranks[0].window.size > 0
 
 
 @pytest.mark.parametrize(
@@ -278,6 +280,42 @@ def test_tensors_that_do_not_fit_are_refused_before_anything_is_sent(change, nam
         group.ranks[0].feed(*vars(change(tokens)).values())
     assert names in refused.value.message
     assert torch.equal(group.ranks[0].window.tensor(), before)
+
+
+def test_a_rank_that_is_no_source_may_send_nothing() -> None:
+    group = Group(GroupShape(**(GOOD | {"num_sources": 1})), ExpertMap.even(4, [0, 1], 2))
+    tokens = random_tokens(torch.Generator().manual_seed(0), 4, 128, 4, 2, torch.bfloat16)
+    group.ranks[1].feed(tokens.hidden_states, tokens.topk_ids, tokens.topk_weights)
+    with pytest.raises(KernelError, match="contradict"):
+        Ranks(group.library, group.ranks[1:]).route()
+
+
+def test_a_rank_without_experts_has_no_memory_for_the_rows_of_others() -> None:
+    group = Group(GroupShape(**GOOD), ExpertMap.of([1, 1, -1, -1], 2))
+    assert group.ranks[0].window.size < group.ranks[1].window.size / 4
+
+
+def test_owners_have_nothing_to_do_with_one_another() -> None:
+    shape = GroupShape(
+        num_ranks=3, num_experts=4, max_local_experts=2, top_k=2, hidden_size=8, max_tokens=6, num_sources=1
+    )
+    experts = ExpertMap.of([1, 2, 1, 2], 3)
+    group = Group(shape, experts, timeout=0.2)
+    engine, *owners = group.ranks
+    for owner in owners:
+        windows: list[Block | None] = [engine.window, None, None]
+        windows[owner.rank] = owner.window
+        owner.join(windows)
+    nothing = torch.empty(0, 8, dtype=torch.bfloat16), torch.empty(0, 2, dtype=torch.int32), torch.empty(0, 2)
+    tokens = random_tokens(torch.Generator().manual_seed(6), 6, 8, 4, 2, torch.bfloat16)
+    for _ in range(3):
+        (output, failed), *_ = group.feed([tokens, Tokens(*nothing), Tokens(*nothing)])
+        group.together.send()
+        group.compute()
+        group.together.receive()
+        assert same(output, expected(tokens, experts, "exact", as_it_is)[0])
+        assert not failed.any()
+    assert [rank.state().status for rank in group.ranks] == [0, 0, 0]
 
 
 def test_a_call_that_contradicts_itself_changes_nothing() -> None:

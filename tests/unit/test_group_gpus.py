@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from barista.errors import ConfigError
 from experts.expert_parallel.gpus import Fitness, GroupGpus, choose_gpus
 from experts.health import watch
 from tests.unit.fake_nvml import FakeNvml
@@ -23,6 +24,7 @@ def test_without_a_driver_that_answers_gpus_are_taken_in_order(num_gpus: int, nu
     gpus = choose_gpus([f"GPU-{i}" for i in range(num_gpus)], num_workers, FakeNvml("h100_healthy", NO_DRIVER))
     assert gpus.engine == 0
     assert len(gpus.workers) == num_workers
+    assert set(gpus.workers) <= set(range(num_gpus))
     if num_gpus > num_workers:
         assert gpus.workers == tuple(range(1, 1 + num_workers))
     else:
@@ -60,6 +62,20 @@ def test_a_gpu_that_falls_off_the_bus_is_unfit_and_its_neighbour_is_not(monkeypa
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert fitness.unfit() == {1}
+
+
+def test_a_hot_gpu_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml("h100_healthy")
+    nvml.change("nvmlDeviceGetCurrentClocksEventReasons", 0x40, gpu=1)
+    with watched(nvml, monkeypatch) as fitness:
+        assert fitness.unfit() == frozenset()
+
+
+def test_a_gpu_that_is_broken_from_the_start_gets_no_worker() -> None:
+    nvml = FakeNvml("h100_healthy")
+    nvml.change("nvmlDeviceGetFieldValues", {"230": 1}, gpu=1)  # the driver wants it reset
+    with pytest.raises(ConfigError, match="1 of 2 can be used"):
+        choose_gpus(HGX, 1, nvml)
 
 
 def test_what_cannot_be_watched_counts_as_fit_and_is_told(caplog: pytest.LogCaptureFixture) -> None:

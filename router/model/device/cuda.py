@@ -12,7 +12,7 @@ def cuda_device() -> torch.device:
     if torch.version.cuda is None:
         raise ConfigError(
             f"device is 'cuda', but torch {torch.__version__} is built for CPUs alone.",
-            "Install a build of torch for CUDA, or give --device cpu.",
+            "Install one for CUDA, such as PyPI's for Linux (pip install --force-reinstall torch), or --device cpu.",
         )
     if not torch.cuda.is_available():
         raise ConfigError(

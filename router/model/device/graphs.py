@@ -100,8 +100,8 @@ class GraphedDecode:
         graph = self._graphs.get(shape)
         if graph is None:
             graph = self._graphs[shape] = self._captured(*shape)
+        self._begin(shape[0])  # first, since others must get ready too
         graph.packed.copy_(pack(batch, *shape, self._block_size, self._nowhere))
-        self._begin(shape[0])
         graph.replay()
         return self._logits[:num_rows], self._failed[:num_rows]
 
@@ -133,6 +133,7 @@ class CudaCapture:
             run()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # thread_local: another thread may have to do with the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             run()
         return graph.replay
