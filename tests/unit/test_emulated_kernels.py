@@ -41,7 +41,7 @@ def assert_twins(shape: GroupShape, experts: ExpertMap, tokens: list[Tokens], *,
 
 
 @given(groups())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_every_byte_is_that_of_the_twin(case: tuple[GroupShape, ExpertMap, list[Tokens]]) -> None:
     assert_twins(*case)
 

@@ -68,7 +68,7 @@ async def test_without_workers_the_pool_is_empty_and_covered() -> None:
 async def test_without_workers_commands_are_refused_with_a_remedy(path: str, body: Any) -> None:
     response = await post(path, body, None)
     assert (response.status_code, response.json()["error"]["code"]) == (400, "no_workers")
-    assert "serves with the experts in the engine" in response.json()["error"]["message"]
+    assert "has no pool" in response.json()["error"]["message"]
 
 
 async def test_the_pool_is_what_controller_and_engine_know(pool: PoolClient) -> None:
