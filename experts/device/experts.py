@@ -30,6 +30,12 @@ class DeviceExperts:
         self.nbytes = self._gate_up.nbytes + self._down.nbytes
         self.products = products_for(self._gate_up, self._down, device, dtype)
 
+    def weights(self, expert: int) -> ExpertWeights:
+        """gate, up and down of one of them, on the device: for others that are to hold it too."""
+        gate, up = self._gate_up.parts(expert, [self.intermediate_size] * 2)
+        (down,) = self._down.parts(expert, [self.hidden_size])
+        return gate, up, down
+
     @property
     def capturable(self) -> bool:
         """Whether a call may be part of a CUDA graph: it never waits for the host."""

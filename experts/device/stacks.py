@@ -31,6 +31,10 @@ class Stack(Protocol):
         """One of them, [out, in] in the rows' dtype."""
         ...
 
+    def parts(self, expert: int, heights: Sequence[int]) -> tuple[Weight, ...]:
+        """One of them as the matrices that it was made of, of these heights, on the device."""
+        ...
+
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
@@ -66,6 +70,10 @@ class PlainStack:
     def one(self, expert: int) -> Tensor:
         """See Stack."""
         return self.values[expert]
+
+    def parts(self, expert: int, heights: Sequence[int]) -> tuple[Weight, ...]:
+        """See Stack."""
+        return self.values[expert].split(list(heights))
 
     @property
     def nbytes(self) -> int:
@@ -106,6 +114,13 @@ class Fp8Stack:
     def one(self, expert: int) -> Tensor:
         """See Stack."""
         return self._float(expert).to(self._dtype)
+
+    def parts(self, expert: int, heights: Sequence[int]) -> tuple[Weight, ...]:
+        """See Stack."""
+        values = self.values[expert].split(list(heights))
+        scales = self.scales[expert].split([height // self.rows_per_scale for height in heights])
+        step = FP8_BLOCK // self.rows_per_scale
+        return tuple(Fp8Weight(v, s[::step].contiguous()) for v, s in zip(values, scales, strict=True))
 
     @property
     def nbytes(self) -> int:

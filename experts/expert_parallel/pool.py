@@ -2,7 +2,7 @@
 
 A step is all or nothing. The engine's kernels give a rank up that does not come (cuda/ep.h); a dead process is noticed
 sooner, and the engine's waits are aborted. `settle` then finds the step bad: the group is made anew of the survivors,
-which read their new shares from the checkpoint, and the engine computes the step once more. Nothing of a bad
+which read what the lost have had from the checkpoint, and the engine computes the step once more. Nothing of a bad
 step is ever seen, because a step writes only keys and values, which the next try writes again.
 """
 
@@ -93,6 +93,7 @@ class ParallelPool:
         self._rank: Rank | None = None
         self._windows: list[Block] = []
         self._transport: CudaTransport | None = None
+        self._shares: dict[WorkerProcess, tuple[int, ...]] = {}
         self._in_vain = 0  # steps in a row that were lost though nobody was
         self._has_served = False
         self._windows_lock = threading.Lock()  # they are aborted from the threads that watch the workers
@@ -198,7 +199,7 @@ class ParallelPool:
                 return
 
     def _try_group(self) -> bool:
-        shape, experts = self._plan(len(self._workers))
+        shape, experts = self._plan()
         config = self._config
         self._rank = Rank(self._library, self._memory, config.engine, shape, experts, ENGINE, timeout=config.timeout)
         order = {"do": "load", "shape": shape_to_json(shape), "ranks": experts.ranks, "timeout": config.timeout}
@@ -207,6 +208,8 @@ class ParallelPool:
         answers, lost = self._answers("load", LOAD_SECONDS)
         if lost:
             return False
+        for number, (worker, _) in enumerate(self._workers):
+            self._shares[worker] = experts.local(number + 1)
         self._open_windows(self._rank, [(bytes.fromhex(answer["window"]), answer["size"]) for answer in answers])
         own = self._rank.window
         self._tell_all({"do": "join", "engine": own.handle().hex(), "size": own.size})
@@ -217,10 +220,11 @@ class ParallelPool:
         log.info("GPU group: %d experts of a layer on %d workers.", self._num_experts, len(self._workers))
         return True
 
-    def _plan(self, num_workers: int) -> tuple[GroupShape, ExpertMap]:
-        """Neighbouring experts together; the first workers have one more where they do not divide."""
-        config, num_ranks = self._config, num_workers + 1
-        experts = ExpertMap.even(self._num_experts, range(1, num_ranks), num_ranks)
+    def _plan(self) -> tuple[GroupShape, ExpertMap]:
+        """Every worker keeps what it has, and gets its part of what nobody has."""
+        config, num_ranks = self._config, len(self._workers) + 1
+        shares = [self._shares.get(worker, ()) for worker, _ in self._workers]
+        experts = ExpertMap.redealt(self._num_experts, shares, num_ranks)
         pairs = config.max_tokens * min(self._model.top_k, experts.most())
         shape = GroupShape(
             num_ranks=num_ranks,

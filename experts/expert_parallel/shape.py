@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -147,6 +147,25 @@ class ExpertMap:
     def even(cls, num_experts: int, owners: Sequence[int], num_ranks: int) -> ExpertMap:
         """Neighbouring experts together, the first owners with one more where they do not divide."""
         return cls.of([owners[expert * len(owners) // num_experts] for expert in range(num_experts)], num_ranks)
+
+    @classmethod
+    def redealt(cls, num_experts: int, shares: Sequence[Collection[int]], num_ranks: int) -> ExpertMap:
+        """Owners keep what they have; what nobody has goes, in order, to whoever has the least.
+
+        shares: the experts of the last len(shares) ranks, none of them twice.
+        """
+        first = num_ranks - len(shares)
+        ranks = [-1] * num_experts
+        held = [len(share) for share in shares]
+        for owner, share in enumerate(shares):
+            for expert in share:
+                ranks[expert] = first + owner
+        for expert in range(num_experts):
+            if ranks[expert] < 0:
+                least = held.index(min(held))
+                ranks[expert] = first + least
+                held[least] += 1
+        return cls.of(ranks, num_ranks)
 
     def local(self, rank: int) -> tuple[int, ...]:
         """The ids of a rank's experts, in order of their indices."""

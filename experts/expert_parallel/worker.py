@@ -44,7 +44,7 @@ Order = dict[str, Any]
 
 
 class Worker:
-    """The experts of one rank, and its part of the group that it is in."""
+    """The experts of one rank, and its part of the group that it is in. A new group keeps the experts that stay."""
 
     def __init__(self, model: ExpertModel) -> None:
         self._model = model
@@ -91,12 +91,18 @@ class Worker:
         return {"window": self._rank.window.handle().hex(), "size": self._rank.window.size}
 
     def _hold(self, experts: tuple[int, ...], device: torch.device) -> None:
+        """Hold these experts of every layer. Only those that are new are read; one layer at a time exists twice."""
         if experts == self._held:
             return
-        self._experts = {}  # first, so that the old ones and the new ones need not both fit
         dtype = getattr(torch, self._model.dtype)
+        place = {expert: index for index, expert in enumerate(self._held)}
         for layer, spec in self._model.layers.items():
-            weights = [self._reader.read(spec, layer, expert) for expert in experts]
+            weights = [
+                self._experts[layer].weights(place[expert])
+                if expert in place
+                else self._reader.read(spec, layer, expert)
+                for expert in experts
+            ]
             self._experts[layer] = DeviceExperts(weights, device=device, dtype=dtype)
         self._held = experts
 

@@ -20,8 +20,12 @@ from experts import kernels
 from experts.checkpoint import open_checkpoint
 from experts.expert_model import ExpertModel
 from experts.expert_parallel.pool import GroupConfig, NoWorkers, ParallelPool
+from experts.expert_parallel.shape import GroupShape, shape_to_json
+from experts.expert_parallel.worker import Worker
 from experts.expert_weights import ExpertReader
+from experts.kernels.expert_table import ExpertWeights
 from experts.pool import ExpertPool
+from experts.spec import FFNSpec
 from tests.distributed.workers import tiny_expert_model
 from tests.unit.expert_parallel import same
 
@@ -155,6 +159,25 @@ def test_workers_that_answer_but_never_come_are_not_waited_for_for_ever(model: E
         experts.begin(0, 0, *inputs(model)).wait()
         with pytest.raises(NoWorkers, match="3 steps in a row"):
             pool.settle()
+
+
+def test_a_worker_reads_no_expert_twice(model: ExpertModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, read = Worker(model), []
+    plainly = ExpertReader.read
+
+    def reading(self: ExpertReader, spec: FFNSpec, layer: int, expert: int) -> ExpertWeights:
+        read.append((layer, expert))
+        return plainly(self, spec, layer, expert)
+
+    monkeypatch.setattr(ExpertReader, "read", reading)
+    for owners, new in (([1, 2, 1, 2], {0, 2}), ([1, 2, 1, 1], {3}), ([2, 1, 1, 1], {1})):
+        read.clear()
+        shape = GroupShape(num_ranks=3, num_experts=4, max_local_experts=3, top_k=2, hidden_size=model.hidden_size,
+                           max_tokens=4, dtype=torch.float32)  # fmt: skip
+        order = {"do": "load", "shape": shape_to_json(shape), "ranks": owners, "timeout": 1.0}
+        worker.obey({"do": "leave"})
+        worker.obey(order | {"rank": 1, "device": "cpu"})
+        assert sorted(read) == sorted((layer, expert) for layer in model.layers for expert in new)
 
 
 def test_after_the_last_worker_every_step_says_so(model: ExpertModel) -> None:

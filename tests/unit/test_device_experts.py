@@ -113,6 +113,19 @@ def test_the_grouped_product_equals_the_loop(dtype: torch.dtype, lengths: list[i
     )
 
 
+@pytest.mark.parametrize("intermediate", [64, 128, 192])
+@pytest.mark.parametrize("change", [lambda weight: weight, as_fp8], ids=["plain", "fp8"])
+def test_experts_made_of_the_weights_of_others_are_the_same(change, intermediate: int) -> None:
+    weights = each(expert_weights(NUM_EXPERTS, HIDDEN, intermediate, torch.float32), change)
+    ours = DeviceExperts(weights, device=CPU, dtype=torch.float32)
+    order = [3, 0, 4]
+    moved = DeviceExperts([ours.weights(expert) for expert in order], device=CPU, dtype=torch.float32)
+    wanted = DeviceExperts([weights[expert] for expert in order], device=CPU, dtype=torch.float32)
+    rows, ends = torch.randn(6, HIDDEN), torch.tensor([2, 4, 6], dtype=torch.int32)
+    assert torch.equal(moved(rows, ends), wanted(rows, ends))
+    assert moved.nbytes == wanted.nbytes
+
+
 def test_experts_of_different_shapes_are_refused() -> None:
     weights = plain()
     weights[1] = (weights[1][0][:8], weights[1][1][:8], weights[1][2][:, :8])  # type: ignore[index]

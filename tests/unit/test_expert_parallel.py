@@ -327,6 +327,25 @@ def test_a_call_that_contradicts_itself_changes_nothing() -> None:
     assert torch.equal(group.ranks[0].window.tensor(), before)
 
 
+@st.composite
+def losses(draw: st.DrawFn) -> tuple[int, list[list[int]]]:
+    """Experts, and what each survivor has of them."""
+    num_experts, num_owners = draw(st.integers(1, 40)), draw(st.integers(1, 8))
+    owners = draw(st.lists(st.integers(-1, num_owners - 1), min_size=num_experts, max_size=num_experts))
+    return num_experts, [[e for e, owner in enumerate(owners) if owner == rank] for rank in range(num_owners)]
+
+
+@given(losses())
+def test_what_the_lost_had_is_dealt_evenly_and_the_rest_stays(case: tuple[int, list[list[int]]]) -> None:
+    num_experts, shares = case
+    experts = ExpertMap.redealt(num_experts, shares, len(shares) + 1)
+    after = [experts.local(rank + 1) for rank in range(len(shares))]
+    assert sorted(expert for share in after for expert in share) == list(range(num_experts))
+    assert all(set(before) <= set(now) for before, now in zip(shares, after, strict=True))
+    even = -(-num_experts // len(shares))
+    assert all(len(now) <= max(even, len(before)) for before, now in zip(shares, after, strict=True))
+
+
 def test_an_expert_map_numbers_each_ranks_experts_in_order() -> None:
     experts = ExpertMap.of([1, 0, 1, -1, 1], 2)
     assert experts.indices == (0, 0, 1, -1, 2)
