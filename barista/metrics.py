@@ -110,6 +110,12 @@ class EngineStats(Protocol):
     @property
     def iteration_tokens(self) -> int: ...
     @property
+    def group_workers(self) -> int: ...
+    @property
+    def group_workers_lost(self) -> int: ...
+    @property
+    def recomputed_steps(self) -> int: ...
+    @property
     def expert_tokens(self) -> tuple[tuple[int, ...], ...]: ...
     @property
     def pool(self) -> PoolStats | None: ...
@@ -210,6 +216,8 @@ class EngineCollector(Collector):
             yield from _expert_metrics(self.stats.expert_tokens)
             if self.stats.expert_cache is not None:
                 yield from _expert_cache_metrics(self.stats.expert_cache)
+            if self.stats.group_workers or self.stats.group_workers_lost:
+                yield from _group_metrics(self.stats)
             yield from _placement_metrics(self.stats.pool)
             if self.stats.pool is not None:
                 yield from _pool_metrics(self.stats.pool, self.moves)
@@ -252,6 +260,12 @@ def _expert_cache_metrics(experts: ExpertCacheStats) -> Iterator[Metric]:
     yield _counter("expert_cache_queries", "Experts that layers asked for, each once a step.", experts.queries)
     yield _counter("expert_cache_hits", "Those that were in memory; the others were read.", experts.hits)
     yield _gauge("expert_cache_bytes", "Experts in memory, in bytes.", experts.resident_bytes)
+
+
+def _group_metrics(stats: EngineStats) -> Iterator[Metric]:
+    yield _gauge("group_workers", "The engine's own workers on GPUs.", stats.group_workers)
+    yield _counter("group_workers_lost", "Those that died, hung, or whose GPU failed.", stats.group_workers_lost)
+    yield _counter("recomputed_steps", "Steps computed again because a worker was lost.", stats.recomputed_steps)
 
 
 def _placement_metrics(pool: PoolStats | None) -> Iterator[Metric]:

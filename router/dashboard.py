@@ -59,7 +59,7 @@ def families() -> dict[str, Family]:
         layers=1, dispatch_seconds=1.0, combine_seconds=1.0, links=(link,),
     )  # fmt: skip
     cache = ExpertCacheStats(queries=1, hits=1, resident_bytes=1)
-    stats = Stats(expert_tokens=((1, 1), (1, 1)), pool=pool, expert_cache=cache)
+    stats = Stats(expert_tokens=((1, 1), (1, 1)), pool=pool, expert_cache=cache, group_workers=1)
     told: dict[str, Any] = dict.fromkeys((*GAUGES, *COUNTERS), 1)
     gpu = GpuStats(worker="worker-0", index=0, uuid="GPU-0", reachable=True, xids={79: 1}, **told)
     own = {*_names(metrics.exposition(None)), *OWN_GAUGES}
@@ -257,6 +257,13 @@ def rows() -> dict[str, list[Panel]]:
                 "percentunit",
                 {GPU: f"{value('gpu_memory_used_bytes', *OF_GPU)} / {value('gpu_memory_total_bytes', *OF_GPU)}"},
                 "gpu_memory_used_bytes",
+            ),
+            Panel("Workers of engines on GPUs", "short", {"workers": value("group_workers")}, "group_workers"),
+            Panel(
+                "Their losses",
+                "ops",
+                {"workers lost": rate("group_workers_lost"), "steps computed again": rate("recomputed_steps")},
+                "group_workers_lost",
             ),
             Panel("Utilization", "percentunit", {GPU: value("gpu_utilization", *OF_GPU)}, "gpu_utilization"),
             Panel(

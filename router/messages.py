@@ -230,7 +230,9 @@ class ExpertCacheStats(msgspec.Struct, frozen=True):
 class Stats(msgspec.Struct, frozen=True, tag=True):
     """The engine's state. Counters count from the start. expert_tokens: [layer][expert], empty for dense models.
 
-    pool: None while the experts are in the engine's own process. expert_cache: None while all of them are in memory.
+    group_workers, group_workers_lost, recomputed_steps: of an engine with workers of its own on GPUs, those that it
+    has, those that it has lost, and the steps that were computed again for that. pool: None while the experts are in
+    the engine's own process, or on such workers. expert_cache: None while all of them are in memory.
     """
 
     num_requests_running: int = 0
@@ -243,6 +245,9 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     steps: int = 0
     step_seconds: float = 0.0
     iteration_tokens: int = 0
+    group_workers: int = 0
+    group_workers_lost: int = 0
+    recomputed_steps: int = 0
     expert_tokens: tuple[tuple[int, ...], ...] = ()
     pool: PoolStats | None = None
     expert_cache: ExpertCacheStats | None = None

@@ -73,7 +73,7 @@ class PlainStack:
 
     def parts(self, expert: int, heights: Sequence[int]) -> tuple[Weight, ...]:
         """See Stack."""
-        return self.values[expert].split(list(heights))
+        return torch.split(self.values[expert], list(heights))
 
     @property
     def nbytes(self) -> int:
@@ -117,8 +117,8 @@ class Fp8Stack:
 
     def parts(self, expert: int, heights: Sequence[int]) -> tuple[Weight, ...]:
         """See Stack."""
-        values = self.values[expert].split(list(heights))
-        scales = self.scales[expert].split([height // self.rows_per_scale for height in heights])
+        values = torch.split(self.values[expert], list(heights))
+        scales = torch.split(self.scales[expert], [height // self.rows_per_scale for height in heights])
         step = FP8_BLOCK // self.rows_per_scale
         return tuple(Fp8Weight(v, s[::step].contiguous()) for v, s in zip(values, scales, strict=True))
 

@@ -15,6 +15,7 @@ class GroupPool(DevicePool):
         super().__init__(group, num_layers, num_experts, device)
         self._group = group
         self._counted_before = self._expert_tokens.clone()
+        self.recomputed_steps = 0
 
     def prepare(self) -> int:
         """See DevicePool: the group's generation. Raises as ParallelPool.prepare."""
@@ -31,12 +32,18 @@ class GroupPool(DevicePool):
         if self._group.settle():
             return True
         self._expert_tokens.copy_(self._counted_before)
+        self.recomputed_steps += 1
         return False
 
     @property
     def worker_pids(self) -> tuple[int, ...]:
         """Of the workers that live."""
         return self._group.worker_pids
+
+    @property
+    def workers_lost(self) -> int:
+        """How many have died, hung, or were on a GPU that failed."""
+        return self._group.workers_lost
 
     def close(self) -> None:
         """End the workers."""

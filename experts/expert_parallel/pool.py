@@ -96,6 +96,7 @@ class ParallelPool:
         self._shares: dict[WorkerProcess, tuple[int, ...]] = {}
         self._in_vain = 0  # steps in a row that were lost though nobody was
         self._has_served = False
+        self.workers_lost = 0
         self._windows_lock = threading.Lock()  # they are aborted from the threads that watch the workers
         self.generation = 0
         self.capturable = config.engine.type == "cuda"
@@ -277,6 +278,7 @@ class ParallelPool:
 
     def _drop(self, worker: WorkerProcess) -> None:
         worker.end(now=True)
+        self.workers_lost += 1
         self._workers = [(other, device) for other, device in self._workers if other is not worker]
 
     def _drop_windows(self) -> None:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 from barista.errors import InvalidRequest, RequestError
+from experts.expert_parallel.group_pool import GroupPool
 from experts.expert_parallel.pool import NoWorkers
+from experts.pool import ExpertPool
 from experts.residency import Residency
 from router.engine.pool_stats import pool_stats
 from router.messages import ExpertCacheStats, Failed, ModelInfo, Stats, StepEvents, Submit, Token
@@ -113,6 +115,7 @@ class Engine:
             steps=self._steps,
             step_seconds=self._step_seconds,
             iteration_tokens=self._iteration_tokens,
+            **_group_stats(experts),
             expert_tokens=() if experts is None else tuple(map(tuple, experts.expert_tokens.tolist())),
             pool=None if self._model.remote is None else pool_stats(self._model.remote),
             expert_cache=_expert_cache_stats(self._model.residency),
@@ -169,6 +172,17 @@ class Engine:
                 code, message = ("expert_unavailable", UNAVAILABLE) if lacking.any() else ("nonfinite", NONFINITE)
                 self._scheduler.abort(chunk.sequence.request_id)
                 self._failed.append(Failed(chunk.sequence.request_id, code, message))
+
+
+def _group_stats(experts: ExpertPool | None) -> dict[str, int]:
+    """What only an engine with workers of its own on GPUs has to tell."""
+    if not isinstance(experts, GroupPool):
+        return {}
+    return {
+        "group_workers": len(experts.worker_pids),
+        "group_workers_lost": experts.workers_lost,
+        "recomputed_steps": experts.recomputed_steps,
+    }
 
 
 def _expert_cache_stats(residency: Residency | None) -> ExpertCacheStats | None:

@@ -61,7 +61,10 @@ def stepping(model: Model, before_step: Callable[[int], object]) -> tuple[Record
         before_step(step)
         recorder.record(engine.step())
         step += 1
-    return recorder, engine.stats().expert_tokens
+    stats, pool = engine.stats(), model.pool
+    assert isinstance(pool, GroupPool)
+    assert (stats.group_workers, stats.recomputed_steps) == (len(pool.worker_pids), pool.recomputed_steps)
+    return recorder, stats.expert_tokens
 
 
 @pytest.mark.parametrize("capture", [None, run_again], ids=["by kernel", "captured"])
@@ -92,6 +95,8 @@ def test_a_lost_worker_costs_no_token_and_no_count(directory: Path, how: signal.
         ours, counts = stepping(model, lose)
         assert len(lost) == 2
         assert not set(lost) & set(pool.worker_pids)
+        assert pool.workers_lost == 2
+        assert pool.recomputed_steps == 2 or how == signal.SIGKILL  # a death may be seen before the step
     assert ours.tokens == wanted.tokens
     assert ours.finished == wanted.finished
     assert not ours.failed
