@@ -71,7 +71,7 @@ def _check(config: ServeConfig) -> None:
     if config.tls_dir is not None and not config.has_pool and config.engines is None:
         raise ConfigError(
             f"tls_dir is {config.tls_dir}, but there is no pool of workers to reach over a network.",
-            "Give --workers N or --pool NAME with it, or leave tls_dir out.",
+            "Leave tls_dir out, or on CPUs give --workers N or --pool NAME with it.",
         )
 
 

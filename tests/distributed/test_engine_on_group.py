@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +16,11 @@ import pytest
 import torch
 
 from experts.checkpoint import open_checkpoint
+from experts.cluster.processes import children
 from experts.expert_parallel.group_pool import GroupPool
 from experts.expert_parallel.pool import GroupConfig, NoWorkers
+from router.framing import frame, read_frame
+from router.messages import EngineConfig, Loading, Ready, StepEvents, decode_event, encode
 from router.model.load import Model, load_model
 from tests import tiny
 from tests.device_models import CPU, device_model, run_again
@@ -25,6 +32,7 @@ SUBMITS = [
     request("drawn", [7, 8, 9], max_tokens=10, temperature=0.9, seed=3),
 ]
 BUDGET = 16
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +128,38 @@ def test_what_was_captured_with_a_lost_worker_is_captured_anew(directory: Path) 
     with on_group(directory, (CPU,) * 2, capture=capture) as (model, pool):
         stepping(model, lambda step: os.kill(pool.worker_pids[-1], signal.SIGKILL) if step == 4 else None)
     assert len(set(captured)) == 2
+
+
+def test_the_engines_process_serves_from_workers_of_its_own_and_takes_them_along(directory: Path) -> None:
+    config = EngineConfig(path=str(directory), device="cuda", gpu_workers=2, max_num_batched_tokens=BUDGET,
+                          max_num_seqs=8, max_model_len=64)  # fmt: skip
+    api, engine = socket.socketpair()
+    command = [sys.executable, "-m", "tests.distributed.engine_on_cpus", str(engine.fileno())]
+    with api, subprocess.Popen(command, pass_fds=[engine.fileno()], cwd=ROOT) as process:
+        engine.close()
+        api.sendall(frame(encode(config)))
+        while not isinstance(event := decode_event(read_frame(api) or b""), Ready):
+            assert isinstance(event, Loading), event
+        workers = children(process.pid)
+        for submit in SUBMITS:
+            api.sendall(frame(encode(submit)))
+        tokens: dict[str, list[int]] = {}
+        open_requests = {submit.request_id for submit in SUBMITS}
+        while open_requests:
+            event = decode_event(read_frame(api) or b"")
+            assert isinstance(event, StepEvents)
+            assert not event.failed
+            for token in event.tokens:
+                tokens.setdefault(token.request_id, []).append(token.token_id)
+                open_requests -= {token.request_id} if token.finish_reason else set()
+        api.shutdown(socket.SHUT_RDWR)
+        assert process.wait(30) == 0
+    assert tokens == answer(engine_on(load_model(open_checkpoint(directory), torch.float32)), SUBMITS).tokens
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_an_engine_without_workers_ends(directory: Path) -> None:

@@ -10,13 +10,16 @@ import torch
 
 from barista.errors import ConfigError
 from experts.checkpoint import open_checkpoint
+from experts.expert_parallel.pool import GroupConfig
 from experts.formats import Holding
 from router.device_memory import LEAST_RESERVE
+from router.engine import load as load_module
 from router.engine import loop
 from router.engine.core import kv_bytes_per_token
 from router.engine.load import Loaded, load_on_cuda
 from router.framing import frame, read_frame
 from router.messages import EngineConfig, Fatal, decode_event, encode
+from router.model.load import Model
 from tests import tiny
 from tests.device_models import CPU
 
@@ -49,6 +52,26 @@ def test_a_model_that_the_gpu_cannot_hold_is_refused(tmp_path: Path, monkeypatch
 def test_its_numerics_name_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = ".".join(torch.__version__.split(".")[:2])
     assert load(tmp_path, monkeypatch).numerics_id == f"cpu-torch{version}-float32"
+
+
+def test_workers_of_the_engines_own_are_made_for_its_largest_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_module, "visible_uuids", lambda: ("GPU-a", "GPU-b", "GPU-c"))
+    made: list[GroupConfig] = []
+
+    def no_group(*_: object, group: GroupConfig, **__: object) -> Model:
+        made.append(group)
+        raise ConfigError("no GPU here")
+
+    monkeypatch.setattr(load_module, "load_device_model", no_group)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    with pytest.raises(ConfigError, match="no GPU here"):
+        load(tmp_path, monkeypatch, gpu_workers=2, max_num_batched_tokens=100, max_num_seqs=99)
+    (config,) = made
+    assert config.engine == torch.device("cuda", 0)
+    assert config.workers == (torch.device("cuda", 1), torch.device("cuda", 2))
+    assert config.max_tokens == 104  # 99 sequences are padded to it
 
 
 def test_a_gpu_that_runs_full_is_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

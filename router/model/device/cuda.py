@@ -12,7 +12,8 @@ def cuda_device() -> torch.device:
     if torch.version.cuda is None:
         raise ConfigError(
             f"device is 'cuda', but torch {torch.__version__} is built for CPUs alone.",
-            "Install one for CUDA, such as PyPI's for Linux (pip install --force-reinstall torch), or --device cpu.",
+            "Install one for CUDA, as PyPI's for Linux is (pip install --force-reinstall torch==2.13.0), or give "
+            "--device cpu.",
         )
     if not torch.cuda.is_available():
         raise ConfigError(
