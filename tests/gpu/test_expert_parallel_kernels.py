@@ -19,8 +19,17 @@ from hypothesis import given, settings
 from experts.expert_parallel.machine import cuda_library
 from experts.expert_parallel.rank import Ranks
 from experts.expert_parallel.shape import ExpertMap, GroupShape
-from experts.expert_parallel.structs import ABORTED, TIMED_OUT
-from tests.unit.expert_parallel import Group, Tokens, arrival, expected, groups, random_tokens, same
+from experts.expert_parallel.structs import ABORTED
+from tests.unit.expert_parallel import (
+    Group,
+    Tokens,
+    arrival,
+    assert_a_silent_rank_is_given_up,
+    expected,
+    groups,
+    random_tokens,
+    same,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -134,19 +143,7 @@ def test_a_layer_in_a_graph_replays_on_new_tokens() -> None:
 
 
 def test_a_rank_that_never_comes_is_given_up() -> None:
-    shape = GroupShape(num_ranks=3, num_experts=3, max_local_experts=1, top_k=2, hidden_size=8, max_tokens=3)
-    group = on_gpu(shape, ExpertMap.of([0, 1, 2], 3), timeout=0.05)
-    here = Ranks(group.library, group.ranks[:2])
-    ids = torch.tensor([[0, 1], [1, 2], [2, 0]], dtype=torch.int32)
-    tokens = Tokens(torch.randn(3, 8).to(torch.bfloat16), ids, torch.rand(3, 2))
-    answers = group.feed([tokens] * 3)
-    here.send()
-    group.compute()
-    here.receive()
-    for rank, (_, failed) in zip(group.ranks[:2], answers[:2], strict=True):
-        assert failed.tolist() == [0, 1, 1]
-        assert (rank.state().alive, rank.state().status) == (0b011, TIMED_OUT)
-    group.close()
+    assert_a_silent_rank_is_given_up(cuda_library(), GPU)
 
 
 def test_an_abort_ends_a_wait_that_has_begun() -> None:

@@ -13,6 +13,7 @@ from experts.expert_parallel.library import Library, cpu_library
 from experts.expert_parallel.memory import GpuMemory, Memory, PrivateMemory
 from experts.expert_parallel.rank import Rank, Ranks
 from experts.expert_parallel.shape import ExpertMap, GroupShape
+from experts.expert_parallel.structs import TIMED_OUT, UNREACHABLE
 
 # (expert, rows [n, hidden]) -> rows [n, hidden]: an expert that a test can compute for itself, row by row.
 Expert = Callable[[int, Tensor], Tensor]
@@ -191,3 +192,25 @@ def groups(draw: st.DrawFn) -> tuple[GroupShape, ExpertMap, list[Tokens]]:
         random_tokens(generator, draw(st.integers(0, 9)), hidden, num_experts, top_k, dtype) for _ in range(num_ranks)
     ]
     return shape, experts, tokens
+
+
+def assert_a_silent_rank_is_given_up(library: Library | None, device: str) -> None:
+    """The third rank of a group never comes: the others go on without it, and only its pairs fail."""
+    shape = GroupShape(num_ranks=3, num_experts=3, max_local_experts=1, top_k=2, hidden_size=8, max_tokens=3)
+    group = Group(shape, ExpertMap.of([0, 1, 2], 3), library, device, timeout=0.05)
+    here = Ranks(group.library, group.ranks[:2])
+    ids = torch.tensor([[0, 1], [1, 2], [2, 0]], dtype=torch.int32)
+    tokens = Tokens(torch.randn(3, 8).to(torch.bfloat16), ids, torch.rand(3, 2))
+    answers = group.feed([tokens] * 3)
+    here.send()
+    group.compute()
+    here.receive()
+    for rank, (_, failed) in zip(group.ranks[:2], answers[:2], strict=True):
+        assert failed.tolist() == [0, 1, 1]
+        assert (rank.state().alive, rank.state().status) == (0b011, TIMED_OUT)
+    here.send()  # it is not waited for again, and its pairs are known to be lost before they are sent
+    group.compute()
+    here.receive()
+    assert answers[0][1].tolist() == [0, 1, 1]
+    assert group.ranks[0].state().status == TIMED_OUT | UNREACHABLE
+    group.close()

@@ -12,13 +12,14 @@ from experts.expert_parallel.library import KernelError
 from experts.expert_parallel.memory import Block
 from experts.expert_parallel.rank import Ranks
 from experts.expert_parallel.shape import ExpertMap, GroupShape
-from experts.expert_parallel.structs import ABORTED, BAD_ID, OVERFLOW, TIMED_OUT, UNREACHABLE
+from experts.expert_parallel.structs import ABORTED, BAD_ID, OVERFLOW, UNREACHABLE
 from tests.unit.expert_parallel import (
     Group,
     Tokens,
     an_expert,
     arrival,
     as_it_is,
+    assert_a_silent_rank_is_given_up,
     expected,
     groups,
     quantised,
@@ -148,24 +149,7 @@ def test_more_expert_rows_than_there_is_room_for_fail_their_tokens_and_are_told(
 
 
 def test_a_rank_that_never_comes_is_given_up_and_its_pairs_fail() -> None:
-    shape = GroupShape(num_ranks=3, num_experts=3, max_local_experts=1, top_k=2, hidden_size=8, max_tokens=3)
-    group = Group(shape, ExpertMap.of([0, 1, 2], 3), timeout=0.05)
-    here = Ranks(group.library, group.ranks[:2])
-    ids = torch.tensor([[0, 1], [1, 2], [2, 0]], dtype=torch.int32)
-    tokens = Tokens(torch.randn(3, 8).to(torch.bfloat16), ids, torch.rand(3, 2))
-    answers = group.feed([tokens] * 3)
-    here.send()
-    group.compute()
-    here.receive()
-    for rank, (_, failed) in zip(group.ranks[:2], answers[:2], strict=True):
-        assert failed.tolist() == [0, 1, 1]
-        state = rank.state()
-        assert (state.alive, state.status) == (0b011, TIMED_OUT)
-    here.send()  # it is not waited for again, and its pairs are known to be lost before they are sent
-    group.compute()
-    here.receive()
-    assert answers[0][1].tolist() == [0, 1, 1]
-    assert group.ranks[0].state().status == TIMED_OUT | UNREACHABLE
+    assert_a_silent_rank_is_given_up(None, "cpu")
 
 
 def test_a_rank_that_comes_too_late_disturbs_nobody() -> None:
