@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from barista.errors import BaristaError, ConfigError
 from experts.expert_parallel import library, machine
+from experts.expert_parallel.shape import GroupShape
 
 CUDA = Path(__file__).parents[2] / "cuda"
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
@@ -32,6 +35,18 @@ def test_the_library_holds_code_for_every_architecture_and_ptx_for_later_ones(bu
     ).stdout
     for name in (*(f"sm_{architecture}.cubin" for architecture in library.ARCHITECTURES), "sm_90.ptx"):
         assert name in listed
+
+
+@needs_nvcc
+def test_the_library_knows_the_same_structs_and_offsets_as_its_twin(built: Path) -> None:
+    """Which it tells without a GPU: the first call that needs one is refused in CUDA's words."""
+    gpu, shape = library.Library("cuda", built), GroupShape(num_ranks=3, num_experts=8, max_local_experts=4, top_k=2,
+                                                            hidden_size=256, max_tokens=9, wire="fp8")  # fmt: skip
+    (size, ours), (wanted, theirs) = (each.window_bytes(shape.struct()) for each in (gpu, library.cpu_library()))
+    assert (size, bytes(ours)) == (wanted, bytes(theirs))
+    if not torch.cuda.is_available():
+        with pytest.raises(library.KernelError, match="ep_memory_create failed: "):
+            gpu.call("ep_memory_create", 1024, ctypes.byref(ctypes.c_void_p()))
 
 
 @needs_nvcc
