@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
 LOAD_SECONDS = 3600.0  # of experts from a cold disk
-LEAST_LEAVE_SECONDS = 1.0
+LEAST_LEAVE_SECONDS = 3.0
 MAX_IN_VAIN = 2
 
 

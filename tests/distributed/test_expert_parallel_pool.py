@@ -93,7 +93,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers_and_the_rows_are_the_m
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_that_is_lost_in_a_step_costs_that_step_alone(model: ExpertModel, how: signal.Signals) -> None:
-    with pool_of(model, 3, timeout=30.0 if how == signal.SIGKILL else 0.5) as pool:
+    with pool_of(model, 3, timeout=30.0 if how == signal.SIGKILL else 2.0) as pool:
         wanted = step(pool, model)
         assert pool.settle()
         victim = pool.worker_pids[1]

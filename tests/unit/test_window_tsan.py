@@ -32,7 +32,7 @@ def test_publishing_without_release_order_would_be_seen(window):
 
 
 def test_a_group_of_ranks_has_no_data_race_and_no_row_too_early_or_too_late(group):
-    done = run([group, CYCLES])
+    done = run([group, CYCLES], timeout=180)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", f"{CYCLES} cycles, 0 wrong\n")
 
 

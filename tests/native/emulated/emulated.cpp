@@ -1,4 +1,5 @@
 // The scheduler of the GPU in software.
+#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <ucontext.h>
@@ -19,9 +20,35 @@ constexpr size_t kStackBytes = 1 << 16;
 
 enum class State { kReady, kMeeting, kWaiting, kDone };
 
+// Stacks are used again: a launch has thousands of threads.
+class Stack {
+  public:
+    Stack() {
+        if (unused().empty()) unused().emplace_back(new char[kStackBytes]);
+        bytes_ = std::move(unused().back());
+        unused().pop_back();
+    }
+    Stack(Stack&&) = default;
+    Stack& operator=(Stack&&) = default;
+    ~Stack() {
+        if (bytes_) unused().push_back(std::move(bytes_));
+    }
+    char* bytes() { return bytes_.get(); }
+
+  private:
+    static std::vector<std::unique_ptr<char[]>>& unused() {
+        static std::vector<std::unique_ptr<char[]>> stacks;
+        return stacks;
+    }
+    std::unique_ptr<char[]> bytes_;
+};
+
+// Begun by setcontext, then switched by _longjmp, which unlike swapcontext asks nothing of the system.
 struct Fiber {
     ucontext_t context;
-    std::unique_ptr<char[]> stack{new char[kStackBytes]};
+    jmp_buf at;
+    bool begun = false;
+    Stack stack;
     State state = State::kReady;
     dim3 thread;
     Scope scope = Scope::kBlock;
@@ -43,7 +70,7 @@ struct Block {
     }
 };
 
-ucontext_t scheduler;
+jmp_buf scheduler;
 Fiber* current = nullptr;
 const std::function<void()>* body = nullptr;
 std::minstd_rand draw;
@@ -53,15 +80,23 @@ std::minstd_rand draw;
     abort();
 }
 
-void enter() {
-    (*body)();
-    current->state = State::kDone;
-    swapcontext(&current->context, &scheduler);
-}
-
 void leave(State state) {
     current->state = state;
-    swapcontext(&current->context, &scheduler);
+    if (!_setjmp(current->at)) _longjmp(scheduler, 1);
+}
+
+void enter() {
+    (*body)();
+    leave(State::kDone);
+}
+
+// Until it leaves.
+void resume(Fiber* fiber) {
+    current = fiber;
+    if (_setjmp(scheduler)) return;
+    if (fiber->begun) _longjmp(fiber->at, 1);
+    fiber->begun = true;
+    setcontext(&fiber->context);
 }
 
 // Let those go on who have all come to the same call.
@@ -106,8 +141,7 @@ void run_block(Block& block) {
     size_t last = 0;
     while (Fiber* fiber = next(block, &last)) {
         where.thread = fiber->thread;
-        current = fiber;
-        swapcontext(&scheduler, &fiber->context);
+        resume(fiber);
         if (fiber->state != State::kMeeting) continue;
         const size_t warp = last / 32;
         if (fiber->scope == Scope::kWarp) {
@@ -150,7 +184,7 @@ void run(dim3 grid, dim3 block_size, const std::function<void()>& of_thread) {
                 Fiber& fiber = block->fibers[i];
                 fiber.thread = dim3(i);
                 getcontext(&fiber.context);
-                fiber.context.uc_stack.ss_sp = fiber.stack.get();
+                fiber.context.uc_stack.ss_sp = fiber.stack.bytes();
                 fiber.context.uc_stack.ss_size = kStackBytes;
                 fiber.context.uc_link = nullptr;
                 makecontext(&fiber.context, enter, 0);
