@@ -136,6 +136,12 @@ class Picture:
             for key in unnamed - member.withdrawn.keys():
                 member.withdrawn[key] = self.epoch
 
+    def prove(self, member: Member, key: ExpertKey, now: float) -> None:
+        """A replica of it may be named; `publish_proven` does so."""
+        member.proven.add(key)
+        if self._unpublished_since is None:
+            self._unpublished_since = now
+
     def publish_proven(self, now: float) -> None:
         """Name the replicas that were proven: one epoch for all that come within a tenth of a second."""
         since = self._unpublished_since

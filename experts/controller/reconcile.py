@@ -71,7 +71,7 @@ def next_actions(pool: Pool, now: float) -> list[Action]:
     if not pool.planned_for:
         return []
     pool.take_term()
-    actions: list[Action] = [*_assigns(pool, now), *_probes(pool), *_releases(pool, now), *_stops(pool)]
+    actions: list[Action] = [*_assigns(pool, now), *_probes(pool, now), *_releases(pool, now), *_stops(pool)]
     actions += [*_restarts(pool, now), *_moves(pool, now)]
     pool.settled = pool.settled or (not pool.placement.uncovered() and is_settled(pool))
     return actions
@@ -141,15 +141,15 @@ def _take(pool: Pool, name: str, key: ExpertKey, batches: dict[str, list[ExpertK
     return True
 
 
-def _probes(pool: Pool) -> Iterator[Probe]:
+def _probes(pool: Pool, now: float) -> Iterator[Probe]:
     for member in pool.live:
         for key in member.held.keys() - member.proven - member.proving:
             references = pool.holders(key)
             if references:
                 member.proving.add(key)
                 yield Probe(member.name, member.incarnation, references[0].name, key)
-            else:
-                member.proven.add(key)
+            else:  # whoever it was to be compared with has gone
+                pool.prove(member, key, now)
 
 
 def _releases(pool: Pool, now: float) -> Iterator[Release]:

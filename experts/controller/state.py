@@ -161,9 +161,7 @@ class Pool(Picture):
             member.fault = fault
             self._refuse(member, fault, now)
             return
-        member.proven.add(key)
-        if self._unpublished_since is None:
-            self._unpublished_since = now
+        self.prove(member, key, now)
 
     def probe_failed(self, name: str, incarnation: str, key: ExpertKey) -> None:
         """The comparison could not be made: it is tried again."""
