@@ -61,13 +61,3 @@ inline bool ep_ranks_fit(const ep_rank* ranks, uint32_t count, uint32_t needs) {
     }
     return true;
 }
-
-inline ep_header ep_header_for(const ep_shape& shape) {
-    ep_header header = {};
-    header.size = sizeof header;
-    header.version = EP_VERSION;
-    header.magic = EP_MAGIC;
-    header.total_bytes = ep_offsets_of(&shape).total;
-    header.shape = shape;
-    return header;
-}

@@ -291,9 +291,7 @@ uint64_t ep_window_bytes(const ep_shape* shape, ep_offsets* offsets) {
 
 int32_t ep_window_format(uint8_t* window, uint64_t bytes, const ep_shape* shape) {
     if (window == nullptr || !ep_valid(shape) || !ep_window_size_fits(*shape, bytes)) return EP_INVALID;
-    const ep_header header = ep_header_for(*shape);
     memset(window, 0, bytes);
-    memcpy(window, &header, sizeof header);
     return EP_OK;
 }
 

@@ -15,9 +15,7 @@ extern "C" uint64_t ep_window_bytes(const ep_shape* shape, ep_offsets* offsets) 
 
 extern "C" int32_t ep_window_format(uint8_t* window, uint64_t bytes, const ep_shape* shape) {
     if (window == nullptr || !ep_valid(shape) || !ep_window_size_fits(*shape, bytes)) return EP_INVALID;
-    const ep_header header = ep_header_for(*shape);
     if (const cudaError_t error = cudaMemset(window, 0, bytes)) return -error;
-    if (const cudaError_t error = cudaMemcpy(window, &header, sizeof header, cudaMemcpyHostToDevice)) return -error;
     return -static_cast<int32_t>(cudaDeviceSynchronize());
 }
 

@@ -31,8 +31,6 @@
 #define EP_FUNCTION static inline
 #endif
 
-#define EP_MAGIC 0x776f646e69577065ULL  // "epWindow"
-#define EP_VERSION 1
 #define EP_MAX_RANKS 16
 #define EP_MAX_TOP_K 32
 #define EP_MAX_COUNTS 8192  // local experts x ranks: an owner sums them up in the memory of one thread block
@@ -76,15 +74,10 @@ struct ep_shape {
     uint32_t num_sources;
 };
 
-// At offset 0, written before any peer is told of the window. abort: any end sets it to end this rank's waits for good.
+// At offset 0. abort: any end sets it to end this rank's waits for good. What a window is made for is told beside its
+// handle (an order of the engine's) and never read out of a peer's memory.
 struct ep_header {
-    uint32_t size;
-    uint32_t version;
-    uint64_t magic;
-    uint64_t total_bytes;
-    struct ep_shape shape;
     uint32_t abort;
-    uint32_t reserved;
 };
 
 // The only words that are polled. epoch_and_value: the cycle's number in the high half; in the low half the rows that

@@ -146,6 +146,11 @@ def quantiles(title: str, name: str) -> Panel:
     return Panel(title, "s", {f"p{share * 100:.0f}": quantile(share, name) for share in (0.5, 0.9, 0.99)}, name)
 
 
+def of_each_gpu(title: str, unit: str, name: str) -> Panel:
+    """A gauge of GPUs: a line for each."""
+    return Panel(title, unit, {GPU: value(name, *OF_GPU)}, name)
+
+
 def rows() -> dict[str, list[Panel]]:
     """The dashboard: row -> panels."""
     return {
@@ -265,11 +270,9 @@ def rows() -> dict[str, list[Panel]]:
                 {"workers lost": rate("group_workers_lost"), "steps computed again": rate("recomputed_steps")},
                 "group_workers_lost",
             ),
-            Panel("Utilization", "percentunit", {GPU: value("gpu_utilization", *OF_GPU)}, "gpu_utilization"),
-            Panel(
-                "Temperature", "celsius", {GPU: value("gpu_temperature_celsius", *OF_GPU)}, "gpu_temperature_celsius"
-            ),
-            Panel("Slowed down", "short", {GPU: value("gpu_throttled", *OF_GPU)}, "gpu_throttled"),
+            of_each_gpu("Utilization", "percentunit", "gpu_utilization"),
+            of_each_gpu("Temperature", "celsius", "gpu_temperature_celsius"),
+            of_each_gpu("Slowed down", "short", "gpu_throttled"),
             Panel(
                 "Memory errors",
                 "ops",
@@ -289,12 +292,7 @@ def rows() -> dict[str, list[Panel]]:
                 "gpu_nvlink_errors",
             ),
             Panel("XIDs", "ops", {f"{GPU}: {{{{xid}}}}": rate("gpu_xid", *OF_GPU, "xid")}, "gpu_xid"),
-            Panel(
-                "Reached by the driver",
-                "short",
-                {GPU: value("gpu_up", *OF_GPU)},
-                "gpu_up",
-            ),
+            of_each_gpu("Reached by the driver", "short", "gpu_up"),
             Panel(
                 "What the driver asks for",
                 "short",

@@ -25,7 +25,7 @@ def memory_for(device: torch.device, library: Library) -> Memory:
     return GpuMemory(library, device.index or 0) if device.type == "cuda" else SharedMemory()
 
 
-def on_device(device: torch.device) -> AbstractContextManager[object]:
+def using(device: torch.device) -> AbstractContextManager[object]:
     """While this lasts, the kernels' calls of this thread are for the device: a new thread begins on the first GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 

@@ -19,6 +19,7 @@ from experts.expert_parallel.library import Library
 
 ALIGNMENT = 128
 HANDLE_BYTES = 64
+_ONE_VERSION = "Run one version and one model on all ranks."
 
 
 @dataclass(slots=True, eq=False)
@@ -84,9 +85,6 @@ class SharedMemory:
             os.close(fd)
             raise ConfigError(f"The window {handle.decode()} has {found} bytes, expected {size}.", _ONE_VERSION)
         return _mapped(fd, size, handle)
-
-
-_ONE_VERSION = "Run one version and one model on all ranks."
 
 
 def _mapped(fd: int, size: int, handle: bytes) -> Block:

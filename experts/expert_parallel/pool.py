@@ -23,7 +23,7 @@ from torch import Tensor
 from barista.errors import BaristaError, ConfigError
 from experts.expert_model import ExpertModel
 from experts.expert_parallel.library import KernelError
-from experts.expert_parallel.machine import check_peers, library_for, memory_for, on_device
+from experts.expert_parallel.machine import check_peers, library_for, memory_for, using
 from experts.expert_parallel.memory import Block
 from experts.expert_parallel.processes import WorkerLost, WorkerProcess, WorkerRefused
 from experts.expert_parallel.rank import TIMEOUT_SECONDS, Rank, Ranks
@@ -182,7 +182,7 @@ class ParallelPool:
 
     def _abort(self) -> None:
         """End the waits of every rank. From any thread; harmless when there are none."""
-        with self._windows_lock, on_device(self._config.engine):
+        with self._windows_lock, using(self._config.engine):
             for window in self._windows:
                 self._quietly(functools.partial(self._library.call, "ep_window_abort", window.address))
 

@@ -1,7 +1,7 @@
 """python -m experts.expert_parallel.worker: one rank with experts, the child of an engine that it takes orders from.
 
 Orders come as lines of JSON on the standard input, after a first line with the model (ExpertModel.to_json); answers go
-to the standard output. It ends with its input.
+to the standard output, which nothing else writes to. It ends with its input.
 
     {"do": "leave"}                                                        -> {"left": true}
     {"do": "load", "rank", "device", "shape", "ranks", "timeout"}     -> {"window"}
@@ -21,7 +21,7 @@ import queue
 import signal
 import sys
 import threading
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -132,10 +132,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     torch.set_num_threads(int(sys.argv[1]))
+    answers = _answers()
     worker = Worker(ExpertModel.from_json(sys.stdin.readline()))
     orders: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(orders,), daemon=True).start()
-    _write({"do": "start"})
+    _write(answers, {"do": "start"})
     while line := orders.get():
         order = json.loads(line)
         try:
@@ -146,7 +147,7 @@ def main() -> None:
                 os._exit(1)
             answer = _refusal(error)
         if answer is not None:
-            _write({"do": order["do"]} | answer)
+            _write(answers, {"do": order["do"]} | answer)
 
 
 def _refusal(error: Exception) -> Order:
@@ -165,9 +166,16 @@ def _read(orders: queue.SimpleQueue[str]) -> None:
     os._exit(0)
 
 
-def _write(answer: Order) -> None:
-    sys.stdout.write(json.dumps(answer) + "\n")
-    sys.stdout.flush()
+def _answers() -> IO[str]:
+    """What was the standard output. What a library or a compiler prints goes to the log from now on."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+def _write(answers: IO[str], answer: Order) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
 
 
 if __name__ == "__main__":
