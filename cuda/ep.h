@@ -54,8 +54,7 @@ struct ep_rank {
     void* output;                // values [num_tokens, H], by combine; a failed row is zero
     uint8_t* failed;             // [num_tokens], by combine: 1 if a pair was lost or the sum is not finite
     // The owner's.
-    void* expert_rows;           // [max_rows, H], by expand: as they travel if expert_scales is given, else values
-    float* expert_scales;        // [max_rows, H / EP_GROUP], by expand, or null
+    void* expert_rows;           // values [max_rows, H], by expand
     int32_t* expert_ends;        // [L], by expand: where each local expert's rows end, padding included
     const void* expert_results;  // values [max_rows, H]: what the experts made of expert_rows, for collect
 };

@@ -30,7 +30,6 @@ inline bool ep_rank_fits(const ep_rank& rank, uint32_t needs) {
     }
     if (needs & EP_NEEDS_OWNER && rank.num_local_experts) {
         if (!rank.expert_rows || !rank.expert_ends || reinterpret_cast<uintptr_t>(rank.expert_rows) % 16) return false;
-        if (rank.expert_scales && shape.wire != EP_FP8) return false;
     }
     if (needs & EP_NEEDS_RESULTS && rank.num_local_experts) {
         if (!rank.expert_results || !rank.expert_ends || reinterpret_cast<uintptr_t>(rank.expert_results) % 16) {

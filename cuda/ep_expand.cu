@@ -74,7 +74,7 @@ __device__ void find_places(const ep_view& own, uint32_t num_local, const int32_
     __syncthreads();
 }
 
-enum class Form { kCopy, kCopyScales, kFloat32, kBfloat16 };
+enum class Form { kCopy, kFloat32, kBfloat16 };
 
 __device__ void copy(const ep_unit* row, uint32_t units, const Places& to, ep_unit* out) {
     for (uint32_t i = threadIdx.x; i < units; i += blockDim.x) {
@@ -114,17 +114,10 @@ __global__ void __launch_bounds__(kMaxThreads) expand(const __grid_constant__ ep
             const uint64_t slot = ep_slot_of(own, source, i);
             find_places(own, rank.num_local_experts, bases, source, slot, to);
             const ep_unit* row = ep_row_of(own, slot);
-            if constexpr (kForm == Form::kCopy || kForm == Form::kCopyScales) copy(row, units, to, out);
+            if constexpr (kForm == Form::kCopy) copy(row, units, to, out);
             if constexpr (kForm == Form::kFloat32) decode<float>(row, ep_scales_of(own, slot), shape.hidden, to, out);
             if constexpr (kForm == Form::kBfloat16)
                 decode<ep_bf16>(row, ep_scales_of(own, slot), shape.hidden, to, out);
-            if constexpr (kForm == Form::kCopyScales) {
-                const uint32_t groups = ep_num_groups(&shape);
-                for (uint32_t j = threadIdx.x; j < groups * to.count; j += blockDim.x) {
-                    const uint64_t place = (uint64_t)to.rows[j / groups] * groups + j % groups;
-                    rank.expert_scales[place] = ep_scales_of(own, slot)[j % groups];
-                }
-            }
             __syncthreads();
         }
         first += got;
@@ -147,13 +140,8 @@ extern "C" int32_t ep_expand(const ep_rank* ranks, uint32_t count, void* stream)
     if (!ep_ranks_fit(ranks, count, EP_NEEDS_OWNER)) return EP_INVALID;
     if (!ep_any_owner(ranks, count)) return EP_OK;
     const ep_shape& shape = ranks[0].shape;
-    const bool scales = ranks[0].expert_scales != nullptr;
-    for (uint32_t i = 1; i < count; ++i) {
-        if ((ranks[i].expert_scales != nullptr) != scales) return EP_INVALID;
-    }
     const uint32_t units = static_cast<uint32_t>(ep_row_bytes(&shape) / sizeof(ep_unit));
     if (shape.wire == EP_VALUES) return run<Form::kCopy>(ranks, count, units, stream);
-    if (scales) return run<Form::kCopyScales>(ranks, count, units, stream);
     if (shape.value == EP_FLOAT32) return run<Form::kFloat32>(ranks, count, units, stream);
     return run<Form::kBfloat16>(ranks, count, units, stream);
 }

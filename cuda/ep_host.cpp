@@ -177,17 +177,13 @@ void decode_row(const ep_unit* row, const float* scales, uint32_t hidden, ep_uni
 void expand_row(const ep_rank& rank, const ep_view& own, uint64_t slot, uint64_t place) {
     const ep_shape& shape = rank.shape;
     const ep_unit* row = ep_row_of(own, slot);
-    ep_unit* out = static_cast<ep_unit*>(rank.expert_rows);
-    const uint32_t units = ep_row_bytes(&shape) / sizeof(ep_unit), groups = ep_num_groups(&shape);
-    if (shape.wire == EP_VALUES || rank.expert_scales) memcpy(out + place * units, row, ep_row_bytes(&shape));
-    if (shape.wire == EP_VALUES) return;
-    const float* scales = ep_scales_of(own, slot);
-    if (rank.expert_scales) {
-        memcpy(rank.expert_scales + place * groups, scales, groups * sizeof(float));
+    ep_unit* out = static_cast<ep_unit*>(rank.expert_rows) + place * units_of(shape);
+    if (shape.wire == EP_VALUES) {
+        memcpy(static_cast<void*>(out), row, ep_row_bytes(&shape));
     } else if (shape.value == EP_FLOAT32) {
-        decode_row<float>(row, scales, shape.hidden, out + place * units_of(shape));
+        decode_row<float>(row, ep_scales_of(own, slot), shape.hidden, out);
     } else {
-        decode_row<ep_bf16>(row, scales, shape.hidden, out + place * units_of(shape));
+        decode_row<ep_bf16>(row, ep_scales_of(own, slot), shape.hidden, out);
     }
 }
 

@@ -19,7 +19,6 @@ from experts.expert_parallel.shape import ExpertMap, GroupShape
 from experts.expert_parallel.structs import (
     COMBINE,
     DISPATCH,
-    GROUP,
     MAX_LOCAL_RANKS,
     MAX_RANKS,
     RankStruct,
@@ -33,8 +32,7 @@ class Rank:
     """One rank. Its tensors are on `device`; so is its window.
 
     expert_rows: what `expand` fills, [max_rows, hidden] in the group's dtype. expert_ends: [max_local_experts] int32,
-    where each local expert's rows end. slots, ordinals: as in cuda/ep.h. keep_fp8: expert_rows stay e4m3, with
-    expert_scales [max_rows, hidden / 128].
+    where each local expert's rows end. slots, ordinals: as in cuda/ep.h.
     """
 
     def __init__(
@@ -47,12 +45,9 @@ class Rank:
         rank: int,
         *,
         timeout: float = TIMEOUT_SECONDS,
-        keep_fp8: bool = False,
     ) -> None:
         self.shape, self.rank, self.device = shape, rank, device
         self.num_local_experts = len(experts.local(rank))
-        if keep_fp8 and shape.wire != "fp8":
-            raise ConfigError('keep_fp8 is set, but rows travel as "values".', 'Set wire to "fp8", or leave it out.')
         if not 0 <= rank < shape.num_ranks or self.num_local_experts > shape.max_local_experts:
             raise ConfigError(
                 f"rank {rank} with {self.num_local_experts} experts does not fit the group.",
@@ -73,9 +68,7 @@ class Rank:
         self.slots = self._empty(shape.max_tokens, shape.num_ranks)
         self.ordinals = self._empty(shape.max_tokens, shape.top_k)
         local_rows = shape.rows if self.num_local_experts else 0
-        row_dtype = torch.float8_e4m3fn if keep_fp8 else shape.dtype
-        self.expert_rows = torch.zeros(local_rows, shape.hidden_size, dtype=row_dtype, device=device)
-        self.expert_scales = torch.zeros(local_rows, shape.hidden_size // GROUP, device=device) if keep_fp8 else None
+        self.expert_rows = torch.zeros(local_rows, shape.hidden_size, dtype=shape.dtype, device=device)
         self.expert_ends = torch.zeros(shape.max_local_experts, dtype=torch.int32, device=device)
         self.struct = RankStruct(
             size=ctypes.sizeof(RankStruct),
@@ -89,7 +82,6 @@ class Rank:
             slots=self.slots.data_ptr(),
             ordinals=self.ordinals.data_ptr(),
             expert_rows=self.expert_rows.data_ptr(),
-            expert_scales=None if self.expert_scales is None else self.expert_scales.data_ptr(),
             expert_ends=self.expert_ends.data_ptr(),
         )
         self._kept: tuple[Tensor, ...] = ()

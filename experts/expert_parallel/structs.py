@@ -99,7 +99,6 @@ class RankStruct(ctypes.Structure):
         ("output", pointer),
         ("failed", pointer),
         ("expert_rows", pointer),
-        ("expert_scales", pointer),
         ("expert_ends", pointer),
         ("expert_results", pointer),
     )

@@ -39,8 +39,8 @@ pytestmark = [
 GPU = "cuda:0"
 
 
-def on_gpu(shape: GroupShape, experts: ExpertMap, timeout: float = 10.0, *, keep_fp8: bool = False) -> Group:
-    return Group(shape, experts, cuda_library(), GPU, timeout=timeout, keep_fp8=keep_fp8)
+def on_gpu(shape: GroupShape, experts: ExpertMap, timeout: float = 10.0) -> Group:
+    return Group(shape, experts, cuda_library(), GPU, timeout=timeout)
 
 
 @given(groups())

@@ -43,14 +43,13 @@ class Group:
         library: Library | None = None,
         device: str = "cpu",
         timeout: float = 10.0,
-        keep_fp8: bool = False,
     ) -> None:
         self.library = library or cpu_library()
         self.device = torch.device(device)
         memory: Memory = PrivateMemory() if device == "cpu" else GpuMemory(self.library, self.device.index or 0)
         self.shape, self.experts = shape, experts
         self.ranks = [
-            Rank(self.library, memory, self.device, shape, experts, rank, timeout=timeout, keep_fp8=keep_fp8)
+            Rank(self.library, memory, self.device, shape, experts, rank, timeout=timeout)
             for rank in range(shape.num_ranks)
         ]
         for rank in self.ranks:
